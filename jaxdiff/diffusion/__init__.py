@@ -1,0 +1,1 @@
+"""Diffusion as pure mathematics on arrays: schedules, predictions, losses, guidance, samplers."""

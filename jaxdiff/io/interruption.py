@@ -1,0 +1,29 @@
+"""Ctrl-C and SIGTERM as a polite request: finish the step, save, leave; the second one leaves at once."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+class StopRequest:
+    """Context manager that turns SIGINT and SIGTERM into `requested`, and restores the old handlers on exit."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(130)
+        self.requested = True
+        print("\nstopping after this step; once more to leave at once", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Linen networks, each beside the frozen config that describes it."""

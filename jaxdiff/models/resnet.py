@@ -1,0 +1,67 @@
+"""Residual block, downsampling and upsampling of the diffusion UNets (arXiv 2006.11239, appendix B)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import repeat
+from jaxtyping import Array, Float
+
+from jaxdiff.models.convolution import Conv
+from jaxdiff.models.normalization import GroupNorm
+from jaxdiff.shapes import Images
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice around a shortcut; the embedding is added between the two halves."""
+
+    features: int
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Images, embedding: Float[Array, "B E"] | None = None, train: bool = False
+    ) -> Float[Array, "B H W D"]:
+        """Return features of the same height and width with `features` channels."""
+
+        def norm(name: str) -> GroupNorm:
+            return GroupNorm(
+                self.norm_num_groups, epsilon=self.norm_eps, activation="silu", dtype=self.dtype, name=name
+            )
+
+        hidden = Conv(self.features, dtype=self.dtype, name="conv1")(norm("norm1")(x))
+        if embedding is not None:
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(embedding))
+            hidden = hidden + shift[:, None, None, :]
+        hidden = norm("norm2")(hidden)
+        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        hidden = Conv(self.features, dtype=self.dtype, name="conv2")(hidden)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, kernel_size=1, padding=0, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + hidden
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided 3x3 convolution, padded by one pixel on every side."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images) -> Float[Array, "B h w D"]:
+        """Return features of half the height and width, rounded up."""
+        return Conv(self.features, strides=2, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width by nearest neighbour, then a 3x3 convolution."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images) -> Float[Array, "B h w D"]:
+        """Return features of twice the height and width."""
+        x = repeat(x, "b h w c -> b (h two) (w too) c", two=2, too=2)
+        return Conv(self.features, dtype=self.dtype, name="conv")(x)

@@ -1,0 +1,219 @@
+"""The pixel-space diffusion UNet, conditioned on time and, where wanted, on a class and a domain.
+
+Down levels push every output on a stack; up levels concatenate them back, newest first (arXiv 1505.04597,
+2006.11239). The layout and the names of the parameters follow diffusers' `UNet2DModel`.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxdiff.models.attention import AttentionBlock
+from jaxdiff.models.convolution import Conv
+from jaxdiff.models.embeddings import ConditionEmbedding, TimestepEmbedding, sinusoidal_embedding
+from jaxdiff.models.normalization import GroupNorm
+from jaxdiff.models.resnet import Downsample, ResnetBlock, Upsample
+from jaxdiff.shapes import Images, Labels, Timesteps
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that decides the shapes of the parameters.
+
+    Attributes:
+      block_out_channels: channels of each level, from full resolution down; each level halves the one before.
+      layers_per_block: residual blocks of a down level; an up level has one more.
+      attention: whether each level has attention after its residual blocks.
+      attention_head_dim: channels of one attention head; None means a single head.
+      num_classes: class labels 0..num_classes-1, and num_classes for "none"; 0 means no class condition.
+      num_domains: the same for the data set that an image looks like.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64, 128, 128)
+    layers_per_block: int = 1
+    attention: tuple[bool, ...] = (False, False, True)
+    attention_head_dim: int | None = 32
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0.0
+    num_classes: int = 0
+    num_domains: int = 0
+
+    def __post_init__(self):
+        if len(self.attention) != len(self.block_out_channels):
+            raise ValueError(
+                f"attention needs one entry a level: {len(self.attention)} given, "
+                f"{len(self.block_out_channels)} levels"
+            )
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"{channels} channels do not split into {self.norm_num_groups} groups")
+
+    @property
+    def size_divisor(self) -> int:
+        """Height and width must be multiples of this, so that skips meet features of their own size."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+PRESETS: dict[str, dict] = {
+    "tiny": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8},
+    "small": {"block_out_channels": (64, 128, 128), "layers_per_block": 1, "norm_num_groups": 32},
+    "base": {
+        "block_out_channels": (128, 256, 256),
+        "layers_per_block": 2,
+        "attention": (False, True, True),
+        "attention_head_dim": 64,
+        "dropout": 0.1,
+    },
+}
+"""Fields of `UNetConfig` by the name that `--preset` takes."""
+
+
+class UNet(nn.Module):
+    """Predict noise, clean image or velocity from a noisy image, its timestep and its conditions."""
+
+    config: UNetConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        """Lay out the levels; names give the parameter tree of diffusers' UNet2DModel."""
+        cfg, top = self.config, self.config.block_out_channels[0]
+        self.conv_in = Conv(top, dtype=self.dtype)
+        self.time_embedding = TimestepEmbedding(4 * top, dtype=self.dtype)
+        if cfg.num_classes:
+            self.class_embedding = ConditionEmbedding(cfg.num_classes, 4 * top, dtype=self.dtype)
+        if cfg.num_domains:
+            self.domain_embedding = ConditionEmbedding(cfg.num_domains, 4 * top, dtype=self.dtype)
+        levels = list(zip(cfg.block_out_channels, cfg.attention))
+        self.down_blocks = [
+            DownBlock(cfg, channels, has_attention, last=i == len(levels) - 1, dtype=self.dtype)
+            for i, (channels, has_attention) in enumerate(levels)
+        ]
+        self.mid_block = MidBlock(cfg, levels[-1][0], dtype=self.dtype)
+        self.up_blocks = [
+            UpBlock(cfg, channels, has_attention, last=i == len(levels) - 1, dtype=self.dtype)
+            for i, (channels, has_attention) in enumerate(reversed(levels))
+        ]
+        self.conv_norm_out = GroupNorm(
+            cfg.norm_num_groups, epsilon=cfg.norm_eps, activation="silu", dtype=self.dtype
+        )
+        self.conv_out = Conv(cfg.out_channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+
+    def __call__(
+        self,
+        x_t: Images,
+        t: Timesteps,
+        class_labels: Labels | None = None,
+        domain_labels: Labels | None = None,
+        train: bool = False,
+    ) -> Images:
+        """Return the prediction in float32, of the images' shape.
+
+        Args:
+          x_t: noisy images.
+          t: timestep of each image, 0..T-1.
+          class_labels: needed if and only if the config has classes; `num_classes` is the null token.
+          domain_labels: the same for domains.
+          train: apply dropout (needs the "dropout" random stream).
+        """
+        x = self.conv_in(x_t.astype(self.dtype))
+        embedding = self._embed(t, class_labels, domain_labels)
+        skips = [x]
+        for block in self.down_blocks:
+            x, pushed = block(x, embedding, train)
+            skips.extend(pushed)
+        x = self.mid_block(x, embedding, train)
+        for block in self.up_blocks:
+            split = len(skips) - self.config.layers_per_block - 1
+            x = block(x, skips[split:], embedding, train)
+            skips = skips[:split]
+        return self.conv_out(self.conv_norm_out(x)).astype(jnp.float32)
+
+    def _embed(self, t: Timesteps, class_labels: Labels | None, domain_labels: Labels | None):
+        """Sum the embeddings of time and of every condition that the config has."""
+        cfg = self.config
+        waves = sinusoidal_embedding(t, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift)
+        embedding = self.time_embedding(waves)
+        for name, num_values, labels in (
+            ("class", cfg.num_classes, class_labels),
+            ("domain", cfg.num_domains, domain_labels),
+        ):
+            if bool(num_values) != (labels is not None):
+                raise ValueError(f"{name}_labels are needed if and only if the config has num_{name} values")
+            if labels is not None:
+                embedding = embedding + getattr(self, f"{name}_embedding")(labels)
+        return embedding
+
+
+class Level(nn.Module):
+    """What the blocks of one level share: the config, the width, and how to make a residual block."""
+
+    config: UNetConfig
+    channels: int
+    has_attention: bool = True
+    last: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def resnet(self, name: str) -> ResnetBlock:
+        """Make one residual block of this level."""
+        cfg = self.config
+        return ResnetBlock(
+            self.channels, cfg.norm_num_groups, cfg.norm_eps, cfg.dropout, dtype=self.dtype, name=name
+        )
+
+    def attend(self, name: str) -> AttentionBlock:
+        """Make one attention block of this level."""
+        cfg = self.config
+        return AttentionBlock(
+            cfg.attention_head_dim, cfg.norm_num_groups, cfg.norm_eps, dtype=self.dtype, name=name
+        )
+
+
+class DownBlock(Level):
+    """Residual blocks, then a downsampling in all levels but the last."""
+
+    @nn.compact
+    def __call__(self, x, embedding, train: bool):
+        """Return the features and everything that the up path will want back."""
+        pushed = []
+        for i in range(self.config.layers_per_block):
+            x = self.resnet(f"resnets_{i}")(x, embedding, train)
+            if self.has_attention:
+                x = self.attend(f"attentions_{i}")(x)
+            pushed.append(x)
+        if not self.last:
+            x = Downsample(self.channels, dtype=self.dtype, name="downsamplers_0")(x)
+            pushed.append(x)
+        return x, pushed
+
+
+class MidBlock(Level):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    @nn.compact
+    def __call__(self, x, embedding, train: bool):
+        """Return features of the same shape."""
+        x = self.resnet("resnets_0")(x, embedding, train)
+        x = self.attend("attentions_0")(x)
+        return self.resnet("resnets_1")(x, embedding, train)
+
+
+class UpBlock(Level):
+    """Residual blocks, each fed one skip, then an upsampling in all levels but the last."""
+
+    @nn.compact
+    def __call__(self, x, skips: list, embedding, train: bool):
+        """Return the features; `skips` are what the down path pushed for this level, newest last."""
+        for i, skip in enumerate(reversed(skips)):
+            x = jnp.concatenate([x, skip], axis=-1)
+            x = self.resnet(f"resnets_{i}")(x, embedding, train)
+            if self.has_attention:
+                x = self.attend(f"attentions_{i}")(x)
+        if not self.last:
+            x = Upsample(self.channels, dtype=self.dtype, name="upsamplers_0")(x)
+        return x

@@ -1,0 +1,1 @@
+"""Where mathematics, networks and files meet: training, sampling, judging."""

@@ -1,0 +1,67 @@
+"""A class- and domain-conditional diffusion model as one value: network, schedule, names, and its null tokens."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.errors import InputError
+from jaxdiff.models.unet import PRESETS, UNet, UNetConfig
+from jaxdiff.recipes.objective import schedule_of
+from jaxdiff.settings import DiffusionSettings
+
+
+@dataclass(frozen=True)
+class ConditionalModel:
+    """What training and sampling need to know beside the parameters."""
+
+    network: nn.Module
+    schedule: NoiseSchedule
+    prediction_type: str
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+
+    @property
+    def null(self) -> tuple[int, int]:
+        """The tokens that mean "no class" and "no domain"."""
+        return len(self.class_names), len(self.domain_names)
+
+    def init(self, key: jax.Array) -> dict:
+        """Return fresh parameters."""
+        zero = jnp.zeros((1,), jnp.int32)
+        return self.network.init(key, jnp.zeros((1, *self.image_shape)), zero, zero, zero)["params"]
+
+
+def build_conditional_model(
+    preset: str,
+    dtype: str,
+    diffusion: DiffusionSettings,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...],
+    domain_names: tuple[str, ...],
+) -> ConditionalModel:
+    """Return the model of a preset for images of one shape.
+
+    Raises:
+      InputError: the image size does not halve as often as the preset needs.
+    """
+    config = UNetConfig(
+        **PRESETS[preset],
+        in_channels=image_shape[-1],
+        out_channels=image_shape[-1],
+        num_classes=len(class_names),
+        num_domains=len(domain_names),
+    )
+    height, width, _ = image_shape
+    if height % config.size_divisor or width % config.size_divisor:
+        raise InputError(
+            f"images of {height}x{width} pixels do not fit --preset {preset}, which needs multiples of "
+            f"{config.size_divisor}: resize them with --image-size"
+        )
+    network = UNet(config, dtype=jnp.dtype(dtype))
+    return ConditionalModel(
+        network, schedule_of(diffusion), diffusion.prediction_type, image_shape, class_names, domain_names
+    )

@@ -1,0 +1,113 @@
+"""The judge: a classifier trained on real images that says which class and domain a picture shows.
+
+A judge is only as good as its accuracy on real images that it has never seen, so that figure comes first.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Bool, Int, UInt8
+from tqdm import tqdm
+
+from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.io.datasets import Batch, Dataset, batches
+from jaxdiff.io.images import to_float
+from jaxdiff.mesh import put_batch
+from jaxdiff.models.classifier import Classifier, ClassifierConfig
+from jaxdiff.recipes.training import LossFn, create_state, fit, make_optimizer, make_train_step
+from jaxdiff.shapes import ImageKeys
+
+
+class Judge(NamedTuple):
+    """A trained classifier."""
+
+    config: ClassifierConfig
+    params: Any
+
+
+class Verdict(NamedTuple):
+    """What the judge says of each image."""
+
+    classes: Int[np.ndarray, "N"]
+    domains: Int[np.ndarray, "N"]
+
+
+def make_judge_loss(model: Classifier) -> LossFn:
+    """Return the sum of both heads' cross-entropies."""
+
+    def loss_fn(params: Any, batch: Batch, keys: ImageKeys) -> jax.Array:
+        class_logits, domain_logits = model.apply(
+            {"params": params}, to_float(batch.images), train=True, rngs={"dropout": keys[0]}
+        )
+        entropy = optax.softmax_cross_entropy_with_integer_labels
+        return jnp.mean(entropy(class_logits, batch.labels) + entropy(domain_logits, batch.domains))
+
+    return loss_fn
+
+
+def train_judge(
+    train: Dataset, num_steps: int, batch_size: int, seed: int, mesh: Mesh, directory: Path
+) -> Judge:
+    """Train a judge on the training images, or load the finished one from `directory`."""
+    config = ClassifierConfig(len(train.class_names), len(train.domain_names))
+    model = Classifier(config)
+    key = jax.random.key(seed)
+    params = model.init(key, jnp.zeros((1, *train.images.shape[1:])))["params"]
+    optimizer, _ = make_optimizer(2e-3, num_steps // 20, num_steps, weight_decay=0.02, clip_norm=1.0)
+    state = create_state(params, optimizer, key, mesh)
+    checkpoints = Checkpoints(directory, keep_last=1)
+    restored = checkpoints.restore(state)
+    if restored is not None and restored[1] == num_steps:
+        state = restored[0]
+    else:
+        step = make_train_step(make_judge_loss(model), optimizer, mesh, ema_decay=0.99)
+        results = fit(state, step, batches(train, seed, batch_size), num_steps, mesh)
+        for result in tqdm(results, total=num_steps, desc="judge", unit="step", dynamic_ncols=True):
+            state = result.state
+            float(result.metrics["loss"])  # keeps the bar honest: one step at a time
+        checkpoints.save(num_steps, state)
+    checkpoints.close()
+    return Judge(config, state.ema_params)
+
+
+def recognise(judge: Judge, images: UInt8[np.ndarray, "N H W C"], batch_size: int, mesh: Mesh) -> Verdict:
+    """Return the judge's class and domain of every image."""
+    model = Classifier(judge.config)
+
+    @jax.jit
+    def classify(params, pixels):
+        return tuple(jnp.argmax(logits, -1) for logits in model.apply({"params": params}, to_float(pixels)))
+
+    answers = []
+    for start in range(0, len(images), batch_size):
+        # The last batch is padded to the same size, so that only one program is compiled.
+        chosen = np.arange(start, start + batch_size).clip(max=len(images) - 1)
+        answers.append([np.asarray(a) for a in classify(judge.params, put_batch(images[chosen], mesh))])
+    classes, domains = (np.concatenate(column)[: len(images)] for column in zip(*answers))
+    return Verdict(classes, domains)
+
+
+def confusion_matrix(
+    wanted: Int[np.ndarray, "N"], recognised: Int[np.ndarray, "N"], num_classes: int
+) -> Int[np.ndarray, "K K"]:
+    """Count images by wanted class (row) and recognised class (column)."""
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (wanted, recognised), 1)
+    return counts
+
+
+def bootstrap_interval(correct: Bool[np.ndarray, "N M"], seed: int, resamples: int = 2000) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean (Efron 1979), resampling rows.
+
+    Rows are what varies independently: here the starting noises, each shared by the M images of its row.
+    """
+    rng = np.random.default_rng(seed)
+    row_means = correct.mean(axis=1)
+    means = row_means[rng.integers(0, len(row_means), (resamples, len(row_means)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

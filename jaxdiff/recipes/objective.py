@@ -1,0 +1,110 @@
+"""The training objective of a conditional diffusion model, with its conditions dropped at random.
+
+Classifier-free guidance (arXiv 2207.12598) needs one network that knows every combination it will be asked for.
+Each image draws one uniform number a condition: the class alone is dropped with `class_dropout`, the domain alone
+with `domain_dropout`, both together with `joint_dropout`. A dropped condition becomes its null token.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.diffusion.loss import diffusion_loss, q_sample
+from jaxdiff.diffusion.schedule import NoiseSchedule, check_prediction_type, make_schedule
+from jaxdiff.io.datasets import Batch
+from jaxdiff.io.images import to_float
+from jaxdiff.recipes.training import LossFn
+from jaxdiff.settings import DiffusionSettings
+from jaxdiff.shapes import ImageKeys, Labels
+
+
+class Condition(NamedTuple):
+    """What an image should show, and which data set it should look like."""
+
+    class_labels: Labels
+    domain_labels: Labels
+
+
+class ConditionDropout(NamedTuple):
+    """Probabilities in [0, 1] that an image loses its class, its domain, or both."""
+
+    class_dropout: float
+    domain_dropout: float
+    joint_dropout: float
+
+
+def schedule_of(settings: DiffusionSettings) -> NoiseSchedule:
+    """Return the noise schedule that the settings describe, checked against their prediction type."""
+    schedule = make_schedule(
+        settings.schedule, settings.num_train_timesteps, zero_terminal_snr=settings.zero_terminal_snr
+    )
+    check_prediction_type(schedule, settings.prediction_type)
+    return schedule
+
+
+def drop_conditions(
+    keys: ImageKeys, condition: Condition, dropout: ConditionDropout, null: tuple[int, int]
+) -> Condition:
+    """Replace conditions by their null tokens, image by image."""
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (3,)))(keys)
+    both = draws[:, 2] < dropout.joint_dropout
+    no_class = both | (draws[:, 0] < dropout.class_dropout)
+    no_domain = both | (draws[:, 1] < dropout.domain_dropout)
+    return Condition(
+        jnp.where(no_class, null[0], condition.class_labels),
+        jnp.where(no_domain, null[1], condition.domain_labels),
+    )
+
+
+def make_diffusion_loss(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    settings: DiffusionSettings,
+    dropout: ConditionDropout,
+    null: tuple[int, int],
+    train: bool = True,
+) -> LossFn:
+    """Return the loss of a batch of uint8 images.
+
+    Args:
+      model: network called as `(x_t, t, class_labels, domain_labels, train)`.
+      schedule: noise schedule.
+      settings: what is predicted and how it is weighted.
+      dropout: of the conditions.
+      null: null tokens of class and domain.
+      train: whether the network applies its own dropout.
+    """
+
+    def loss_fn(params: Any, batch: Batch, keys: ImageKeys) -> jax.Array:
+        x_0 = to_float(batch.images)
+        key_t, key_eps, key_drop, key_net = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
+        t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_train_timesteps))(key_t)
+        eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(key_eps)
+        condition = drop_conditions(key_drop, Condition(batch.labels, batch.domains), dropout, null)
+        alpha_t, sigma_t = schedule.alpha_sigma(t)
+        x_t = q_sample(x_0, eps, alpha_t, sigma_t)
+        output = model.apply({"params": params}, x_t, t, *condition, train=train, rngs={"dropout": key_net[0]})
+        losses = diffusion_loss(
+            output,
+            x_0,
+            eps,
+            alpha_t,
+            sigma_t,
+            schedule.logsnr(t),
+            prediction_type=settings.prediction_type,
+            weighting=settings.loss_weighting,
+            gamma=5.0 if settings.min_snr_gamma is None else settings.min_snr_gamma,
+        )
+        return jnp.mean(losses)
+
+    return loss_fn
+
+
+def make_validation_loss(
+    loss_fn: LossFn, batch: Batch, keys: ImageKeys
+) -> Callable[[Any], jax.Array]:
+    """Return the jitted `params -> loss` on fixed images, timesteps and noise, so that steps can be compared."""
+    return jax.jit(lambda params: loss_fn(params, batch, keys))

@@ -1,0 +1,119 @@
+"""Sampling a conditional model: one compiled program over the mesh, the same images for any batch size.
+
+Image i is a function of (seed, i) and its condition alone: its starting noise and every later draw come from
+fold_in(seed, i), never from its place in a batch.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int, UInt8
+
+from jaxdiff.diffusion.guidance import ConditionalDenoiser, chain_weights, guide, within_interval
+from jaxdiff.diffusion.prediction import Prediction, clip_x_0, to_prediction
+from jaxdiff.diffusion.samplers import ddim_step, ddpm_step, image_keys, sample, starting_noise
+from jaxdiff.diffusion.schedule import NoiseSchedule, timestep_spacing, with_final
+from jaxdiff.io.images import to_uint8
+from jaxdiff.mesh import put_batch, replicated
+from jaxdiff.recipes.objective import Condition
+from jaxdiff.settings import SamplingSettings
+
+Sampler = Callable[[Any, Any, Condition], Any]
+"""(params, image keys, condition) -> images, or (images, trajectory)."""
+
+
+def make_denoiser(
+    model: nn.Module, params: Any, schedule: NoiseSchedule, prediction_type: str
+) -> ConditionalDenoiser:
+    """Wrap a network as `(x_t, t, condition) -> Prediction`, its clean image clipped to [-1, 1]."""
+
+    def denoise(x_t: jax.Array, t: jax.Array, condition: Condition) -> Prediction:
+        alpha_t, sigma_t = schedule.alpha_sigma(t)
+        output = model.apply({"params": params}, x_t, jnp.broadcast_to(t, x_t.shape[:1]), *condition)
+        return clip_x_0(to_prediction(output, x_t, alpha_t, sigma_t, prediction_type), x_t, alpha_t, sigma_t)
+
+    return denoise
+
+
+def guide_conditions(
+    denoise: ConditionalDenoiser,
+    condition: Condition,
+    null: tuple[int, int],
+    schedule: NoiseSchedule,
+    settings: SamplingSettings,
+):
+    """Return the guided denoiser: nothing, then the domain, then the class, each with its own scale."""
+    no_class = jnp.full_like(condition.class_labels, null[0])
+    no_domain = jnp.full_like(condition.domain_labels, null[1])
+    chain = (
+        Condition(no_class, no_domain),
+        Condition(no_class, condition.domain_labels),
+        condition,
+    )
+    weights = chain_weights((settings.domain_scale, settings.guidance_scale))
+    guided = guide(denoise, list(zip(weights, chain)))
+    if settings.guidance_interval is None:
+        return guided
+    return within_interval(guided, guide(denoise, [(1.0, condition)]), schedule, *settings.guidance_interval)
+
+
+def make_sampler(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    settings: SamplingSettings,
+    image_shape: tuple[int, int, int],
+    null: tuple[int, int],
+    mesh: Mesh,
+    trajectory: bool = False,
+) -> Sampler:
+    """Return the jitted sampler; with `trajectory` it also returns every x_t and predicted x_0."""
+    timesteps = timestep_spacing(settings.spacing, settings.num_steps, schedule.num_train_timesteps)
+
+    def step(schedule, prediction, x_t, t, s, noise):
+        if settings.sampler == "ddpm":
+            return ddpm_step(schedule, prediction, x_t, t, s, noise)
+        return ddim_step(schedule, prediction, x_t, t, s, noise, eta=settings.eta or 0.0)
+
+    def run(params: Any, keys: jax.Array, condition: Condition):
+        denoise = make_denoiser(model, params, schedule, prediction_type)
+        guided = guide_conditions(denoise, condition, null, schedule, settings)
+        x_T = starting_noise(keys, image_shape)
+        return sample(guided, x_T, keys, schedule, with_final(timesteps), step, trajectory)
+
+    return jax.jit(run, out_shardings=replicated(mesh))
+
+
+def sample_pixels(
+    sampler: Sampler,
+    params: Any,
+    seed: int,
+    indices: Int[np.ndarray, "N"],
+    condition: Condition,
+    batch_size: int,
+    mesh: Mesh,
+) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+    """Yield the images of `indices` in order, batch by batch; a short last batch is padded and cut.
+
+    Args:
+      sampler: from `make_sampler` without trajectory.
+      params: of the network.
+      seed: of the whole set of images.
+      indices: image numbers; equal numbers start from equal noise.
+      condition: NumPy labels, one for each index.
+      batch_size: images at once, a multiple of the number of devices.
+      mesh: devices to split a batch over.
+    """
+    for start in range(0, len(indices), batch_size):
+        chosen = np.arange(start, start + batch_size).clip(max=len(indices) - 1)
+        batch = put_batch(
+            (indices[chosen], Condition(condition.class_labels[chosen], condition.domain_labels[chosen])), mesh
+        )
+        keys = image_keys(jax.random.key(seed), batch[0])
+        images = sampler(params, keys, batch[1])
+        yield to_uint8(np.asarray(images))[: len(indices) - start]

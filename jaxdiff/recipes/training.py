@@ -1,0 +1,150 @@
+"""Training as pure functions: a state, one jitted step, and a generator that runs it.
+
+    (1)  ema <- d ema + (1 - d) params,   d = min(ema_decay, (1 + step) / (10 + step))
+    (2)  key of image i at step k:  fold_in(fold_in(key, k), i)
+
+By (2), and because a batch is a pure function of the step, a resumed run repeats an uninterrupted one.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from jaxdiff.mesh import put_batch, replicated
+from jaxdiff.shapes import ImageKeys, PRNGKey
+
+LossFn = Callable[[Any, Any, ImageKeys], jax.Array]
+"""(params, batch, one key for each image) -> mean loss."""
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a checkpoint must hold to go on exactly."""
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+    key: PRNGKey
+
+
+class StepResult(NamedTuple):
+    """What `fit` yields: the number of finished steps, the state after them, and the last step's figures."""
+
+    step: int
+    state: TrainState
+    metrics: dict[str, jax.Array]
+
+
+def create_state(params: Any, optimizer: optax.GradientTransformation, key: PRNGKey, mesh: Mesh) -> TrainState:
+    """Return the state at step 0, replicated over the mesh."""
+
+    def build(params, key):
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params), key
+        )
+
+    return jax.jit(build, out_shardings=replicated(mesh))(params, key)
+
+
+def make_optimizer(
+    learning_rate: float, warmup_steps: int, num_steps: int, weight_decay: float, clip_norm: float
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Return AdamW (arXiv 1711.05101) with global-norm clipping, and its warm-up + cosine learning rate.
+
+    Args:
+      learning_rate: peak, per step.
+      warmup_steps: steps of linear rise from 0 to the peak.
+      num_steps: all steps; the rate reaches 0 at the last one.
+      weight_decay: decoupled decay of kernels and embeddings; biases and norms are left alone.
+      clip_norm: largest global norm of the gradient.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(warmup_steps, num_steps - 1), max(num_steps, 1)
+    )
+
+    def decayed(params):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    adamw = optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw), schedule
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    ema_decay: float,
+    accumulation_steps: int = 1,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the jitted `(state, batch) -> (state, metrics)`; the state's buffers are donated.
+
+    Args:
+      loss_fn: mean loss over the images of a batch.
+      optimizer: any optax transformation.
+      mesh: devices that share the batch.
+      ema_decay: limit of the parameter average's decay, in [0, 1).
+      accumulation_steps: equal parts that the batch is worked through in, to save memory.
+    """
+
+    def mean_gradients(params, batch, keys):
+        if accumulation_steps == 1:
+            return jax.value_and_grad(loss_fn)(params, batch, keys)
+        # Part j takes images j, j+n, j+2n, ..., so that every device keeps the images it already holds.
+        parts = jax.tree.map(
+            lambda leaf: jnp.swapaxes(leaf.reshape(-1, accumulation_steps, *leaf.shape[1:]), 0, 1), (batch, keys)
+        )
+
+        def add_part(total, part):
+            result = jax.value_and_grad(loss_fn)(params, *part)
+            return jax.tree.map(jnp.add, total, result), None
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add_part, zeros, parts)
+        return jax.tree.map(lambda leaf: leaf / accumulation_steps, total)
+
+    def train_step(state: TrainState, batch):
+        keys = image_keys_at(state.key, state.step, jax.tree.leaves(batch)[0].shape[0])
+        loss, gradients = mean_gradients(state.params, batch, keys)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema_params = jax.tree.map(lambda ema, p: decay * ema + (1 - decay) * p, state.ema_params, params)
+        new_state = TrainState(state.step + 1, params, ema_params, opt_state, state.key)
+        return new_state, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh))
+    )
+
+
+def image_keys_at(key: PRNGKey, step: jax.Array, batch_size: int) -> ImageKeys:
+    """Return equation (2) for all images of one batch."""
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(batch_size))
+
+
+def fit(
+    state: TrainState,
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    batch_at: Callable[[int], Any],
+    num_steps: int,
+    mesh: Mesh,
+) -> Iterator[StepResult]:
+    """Train from the state's own step to `num_steps`, yielding after every step.
+
+    The next batch is gathered while the device works, and nothing here waits for the device: read the metrics
+    of a result one step late to keep it busy. A yielded state is only good until the next one is asked for.
+    """
+    step = int(state.step)
+    batch = put_batch(batch_at(step), mesh) if step < num_steps else None
+    while step < num_steps:
+        state, metrics = train_step(state, batch)
+        step += 1
+        if step < num_steps:
+            batch = put_batch(batch_at(step), mesh)
+        yield StepResult(step, state, metrics)

@@ -1,0 +1,98 @@
+"""Groups of flags that several commands share; importing them costs no jax."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxdiff.errors import InputError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InputError(message)` unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """Noise schedule, what the network predicts, and how its error is weighted."""
+
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
+    """Noise schedule."""
+    num_train_timesteps: int = 1000
+    """Timesteps T of the forward process."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891)."""
+    prediction_type: Literal["eps", "x_0", "v"] = "v"
+    """What the network predicts: noise, clean image or velocity (arXiv 2202.00512)."""
+    loss_weighting: Literal["constant", "min_snr", "sigmoid"] = "constant"
+    """Weight of a timestep in the loss: none, min-SNR (arXiv 2303.09556) or sigmoid (arXiv 2410.19324)."""
+    min_snr_gamma: float | None = None
+    """Clamp of min-SNR, signal-to-noise power ratio; None means 5. Only with --loss-weighting min_snr."""
+
+    def __post_init__(self):
+        require(self.num_train_timesteps >= 1, f"--num-train-timesteps must be at least 1, got {self.num_train_timesteps}")
+        require(
+            not (self.zero_terminal_snr and self.prediction_type == "eps"),
+            "--zero-terminal-snr leaves no signal at the last timestep, where eps says nothing about the image: "
+            "use --prediction-type v or x_0",
+        )
+        require(
+            self.min_snr_gamma is None or self.loss_weighting == "min_snr",
+            f"--min-snr-gamma has no effect with --loss-weighting {self.loss_weighting}: drop it or use min_snr",
+        )
+        require(
+            self.min_snr_gamma is None or self.min_snr_gamma > 0,
+            f"--min-snr-gamma must be positive, got {self.min_snr_gamma}",
+        )
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The reverse process and its guidance."""
+
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """DDIM (arXiv 2010.02502) or DDPM ancestral (arXiv 2006.11239)."""
+    num_steps: int = 25
+    """Sampling steps, 1 to T."""
+    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    """Which of the T timesteps the steps visit (arXiv 2305.08891, table 2)."""
+    eta: float | None = None
+    """Share of DDPM's noise in a DDIM step, 0 (none) to 1 (all); None means 0. Only with --sampler ddim."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance g = 1 + w of arXiv 2207.12598: 0 unconditional, 1 conditional, more is stronger."""
+    domain_guidance_scale: float | None = None
+    """The same for the domain alone; None means equal to --guidance-scale, which costs less."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only at noise levels sigma/alpha in LOW HIGH (arXiv 2404.07724); None means everywhere."""
+    sample_batch_size: int = 100
+    """Images sampled at once."""
+
+    def __post_init__(self):
+        require(self.num_steps >= 1, f"--num-steps must be at least 1, got {self.num_steps}")
+        require(self.sample_batch_size >= 1, f"--sample-batch-size must be at least 1, got {self.sample_batch_size}")
+        require(
+            self.eta is None or self.sampler == "ddim",
+            f"--eta has no effect with --sampler {self.sampler}: drop it or use ddim",
+        )
+        require(self.eta is None or 0 <= self.eta <= 1, f"--eta must lie in [0, 1], got {self.eta}")
+        for flag, scale in (("guidance", self.guidance_scale), ("domain-guidance", self.domain_guidance_scale)):
+            require(
+                scale is None or (math.isfinite(scale) and scale >= 0),
+                f"--{flag}-scale must be a finite number of at least 0, got {scale}",
+            )
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            require(
+                0 <= low < high,
+                f"--guidance-interval needs 0 <= LOW < HIGH (noise levels sigma/alpha), got {low} {high}",
+            )
+            require(
+                (self.guidance_scale, self.domain_scale) != (1.0, 1.0),
+                "--guidance-interval has no effect at guidance scale 1: drop it or raise --guidance-scale",
+            )
+
+    @property
+    def domain_scale(self) -> float:
+        """The domain's guidance scale in force."""
+        return self.guidance_scale if self.domain_guidance_scale is None else self.domain_guidance_scale

@@ -1,0 +1,59 @@
+"""Imports go only downward, sisters never import each other, and importing jaxdiff costs no jax."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "jaxdiff"
+FOLDERS = {"diffusion": 1, "models": 1, "io": 1, "recipes": 2}
+FLOOR_0 = {"__init__", "shapes", "errors", "mesh", "settings"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
+
+
+def place_of(parts: tuple[str, ...]) -> tuple[int, str]:
+    """Return (floor, sister) of a module given as its path below the package."""
+    if parts and parts[0] in FOLDERS:
+        return FOLDERS[parts[0]], parts[0]
+    return (0, "") if not parts or parts[0] in FLOOR_0 else (3, "")
+
+
+def imported_modules(path: Path) -> set[tuple[str, ...]]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {tuple(name.split(".")[1:]) for name in names if name.split(".")[0] == "jaxdiff"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    floor, sister = place_of(path.relative_to(PACKAGE).with_suffix("").parts)
+    for target in imported_modules(path):
+        target_floor, target_sister = place_of(target)
+        assert target_floor <= floor, f"{path} imports {'.'.join(target)} from a higher floor"
+        assert target_floor != 1 or floor != 1 or target_sister == sister, f"{path} imports its sister {target}"
+
+
+def test_no_dumping_grounds():
+    assert not [path for path in MODULES if path.name in FORBIDDEN_NAMES]
+
+
+def test_importing_jaxdiff_imports_no_jax():
+    heavy = "[m for m in ('jax', 'torch', 'transformers', 'diffusers') if m in sys.modules]"
+    code = f"import sys, jaxdiff, jaxdiff.settings, jaxdiff.command; assert not {heavy}, {heavy}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_run_time_needs_no_torch():
+    for path in MODULES:
+        source = ast.parse(path.read_text())
+        roots = {a.name.split(".")[0] for n in ast.walk(source) if isinstance(n, ast.Import) for a in n.names}
+        roots |= {(n.module or "").split(".")[0] for n in ast.walk(source) if isinstance(n, ast.ImportFrom)}
+        assert not roots & {"torch", "diffusers", "tensorflow"}, path
