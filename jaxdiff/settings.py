@@ -96,3 +96,20 @@ class SamplingSettings:
     def domain_scale(self) -> float:
         """The domain's guidance scale in force."""
         return self.guidance_scale if self.domain_guidance_scale is None else self.domain_guidance_scale
+
+
+def require_trained_branches(
+    sampling: SamplingSettings, class_dropout: float, domain_dropout: float, joint_dropout: float
+) -> None:
+    """Raise InputError where guidance would ask the network for a condition that it never met in training."""
+    scale, domain_scale = sampling.guidance_scale, sampling.domain_scale
+    require(
+        domain_scale == 1.0 or joint_dropout > 0 or (class_dropout > 0 and domain_dropout > 0),
+        f"guidance scale {domain_scale} needs images without class and domain in training: "
+        "raise --joint-dropout above 0, or sample with --guidance-scale 1",
+    )
+    require(
+        scale == domain_scale or class_dropout > 0,
+        f"guidance scales {scale} (class) and {domain_scale} (domain) differ, which needs images without class in "
+        "training: raise --class-dropout above 0",
+    )

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff.command import run_command
-from jaxdiff.settings import DiffusionSettings, SamplingSettings, require
+from jaxdiff.settings import DiffusionSettings, SamplingSettings, require, require_trained_branches
 
 
 @dataclass(frozen=True)
@@ -96,4 +96,37 @@ class Config:
             0 <= self.deliver <= self.samples_per_class,
             f"--deliver must lie in 0..{self.samples_per_class} (--samples-per-class), got {self.deliver}",
         )
-        check_guidance(self)
+        require_trained_branches(self.sampling, self.class_dropout, self.domain_dropout, self.joint_dropout)
+
+
+# What may differ when a run goes on: none of it changes the trained parameters.
+FREE = {"out", "resume", "devices", "log_every", "save_every", "sample_every", "samples_per_class", "deliver"} | {
+    field.name for field in dataclasses.fields(SamplingSettings)
+}
+
+
+def build(config: Config, splits, mesh):
+    """Return the model, the optimizer with its learning rate, the loss and the state at step 0."""
+    import jax
+
+    from jaxdiff.recipes.conditional import build_conditional_model
+    from jaxdiff.recipes.objective import ConditionDropout, make_diffusion_loss
+    from jaxdiff.recipes.training import create_state, make_optimizer
+
+    data = splits.train
+    model = build_conditional_model(
+        config.preset,
+        config.dtype,
+        config.diffusion,
+        data.images.shape[1:],
+        data.class_names,
+        data.domain_names,
+    )
+    optimizer, learning_rate = make_optimizer(
+        config.learning_rate, config.warmup_steps, config.train_steps, config.weight_decay, config.clip_norm
+    )
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    dropout = ConditionDropout(config.class_dropout, config.domain_dropout, config.joint_dropout)
+    loss_fn = make_diffusion_loss(model, config.diffusion, dropout)
+    state = create_state(model.init(init_key), optimizer, train_key, mesh)
+    return model, optimizer, learning_rate, loss_fn, state

@@ -44,3 +44,12 @@ def write_png(path: Path, pixels: UInt8[np.ndarray, "H W C"]) -> None:
     """Write one RGB (or one-channel) picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+
+
+def resize_image(pixels: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "h w C"]:
+    """Resize to size x size with Pillow's antialiased bicubic filter, after cutting the longer side centrally."""
+    image = Image.fromarray(pixels)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))

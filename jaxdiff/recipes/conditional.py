@@ -1,16 +1,24 @@
 """A class- and domain-conditional diffusion model as one value: network, schedule, names, and its null tokens."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion.schedule import NoiseSchedule, check_prediction_type, make_schedule
 from jaxdiff.errors import InputError
 from jaxdiff.models.unet import PRESETS, UNet, UNetConfig
-from jaxdiff.recipes.objective import schedule_of
 from jaxdiff.settings import DiffusionSettings
+from jaxdiff.shapes import Labels
+
+
+class Condition(NamedTuple):
+    """What an image should show, and which data set it should look like."""
+
+    class_labels: Labels
+    domain_labels: Labels
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,11 @@ def build_conditional_model(
             f"images of {height}x{width} pixels do not fit --preset {preset}, which needs multiples of "
             f"{config.size_divisor}: resize them with --image-size"
         )
+    schedule = make_schedule(
+        diffusion.schedule, diffusion.num_train_timesteps, zero_terminal_snr=diffusion.zero_terminal_snr
+    )
+    check_prediction_type(schedule, diffusion.prediction_type)
     network = UNet(config, dtype=jnp.dtype(dtype))
     return ConditionalModel(
-        network, schedule_of(diffusion), diffusion.prediction_type, image_shape, class_names, domain_names
+        network, schedule, diffusion.prediction_type, image_shape, class_names, domain_names
     )

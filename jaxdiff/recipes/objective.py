@@ -5,27 +5,18 @@ Each image draws one uniform number a condition: the class alone is dropped with
 with `domain_dropout`, both together with `joint_dropout`. A dropped condition becomes its null token.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdiff.diffusion.loss import diffusion_loss, q_sample
-from jaxdiff.diffusion.schedule import NoiseSchedule, check_prediction_type, make_schedule
 from jaxdiff.io.datasets import Batch
 from jaxdiff.io.images import to_float
+from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.training import LossFn
 from jaxdiff.settings import DiffusionSettings
-from jaxdiff.shapes import ImageKeys, Labels
-
-
-class Condition(NamedTuple):
-    """What an image should show, and which data set it should look like."""
-
-    class_labels: Labels
-    domain_labels: Labels
+from jaxdiff.shapes import ImageKeys
 
 
 class ConditionDropout(NamedTuple):
@@ -34,15 +25,6 @@ class ConditionDropout(NamedTuple):
     class_dropout: float
     domain_dropout: float
     joint_dropout: float
-
-
-def schedule_of(settings: DiffusionSettings) -> NoiseSchedule:
-    """Return the noise schedule that the settings describe, checked against their prediction type."""
-    schedule = make_schedule(
-        settings.schedule, settings.num_train_timesteps, zero_terminal_snr=settings.zero_terminal_snr
-    )
-    check_prediction_type(schedule, settings.prediction_type)
-    return schedule
 
 
 def drop_conditions(
@@ -60,33 +42,29 @@ def drop_conditions(
 
 
 def make_diffusion_loss(
-    model: nn.Module,
-    schedule: NoiseSchedule,
-    settings: DiffusionSettings,
-    dropout: ConditionDropout,
-    null: tuple[int, int],
-    train: bool = True,
+    model: ConditionalModel, settings: DiffusionSettings, dropout: ConditionDropout, train: bool = True
 ) -> LossFn:
     """Return the loss of a batch of uint8 images.
 
     Args:
-      model: network called as `(x_t, t, class_labels, domain_labels, train)`.
-      schedule: noise schedule.
+      model: network, schedule and null tokens.
       settings: what is predicted and how it is weighted.
       dropout: of the conditions.
-      null: null tokens of class and domain.
       train: whether the network applies its own dropout.
     """
+    schedule = model.schedule
 
     def loss_fn(params: Any, batch: Batch, keys: ImageKeys) -> jax.Array:
         x_0 = to_float(batch.images)
         key_t, key_eps, key_drop, key_net = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_train_timesteps))(key_t)
         eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(key_eps)
-        condition = drop_conditions(key_drop, Condition(batch.labels, batch.domains), dropout, null)
+        condition = drop_conditions(key_drop, Condition(batch.labels, batch.domains), dropout, model.null)
         alpha_t, sigma_t = schedule.alpha_sigma(t)
         x_t = q_sample(x_0, eps, alpha_t, sigma_t)
-        output = model.apply({"params": params}, x_t, t, *condition, train=train, rngs={"dropout": key_net[0]})
+        output = model.network.apply(
+            {"params": params}, x_t, t, *condition, train=train, rngs={"dropout": key_net[0]}
+        )
         losses = diffusion_loss(
             output,
             x_0,
@@ -102,9 +80,3 @@ def make_diffusion_loss(
 
     return loss_fn
 
-
-def make_validation_loss(
-    loss_fn: LossFn, batch: Batch, keys: ImageKeys
-) -> Callable[[Any], jax.Array]:
-    """Return the jitted `params -> loss` on fixed images, timesteps and noise, so that steps can be compared."""
-    return jax.jit(lambda params: loss_fn(params, batch, keys))

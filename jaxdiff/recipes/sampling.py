@@ -5,51 +5,46 @@ fold_in(seed, i), never from its place in a batch.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from jaxdiff.diffusion.guidance import ConditionalDenoiser, chain_weights, guide, within_interval
+from jaxdiff.diffusion.guidance import ConditionalDenoiser, Denoiser, chain_weights, guide, within_interval
 from jaxdiff.diffusion.prediction import Prediction, clip_x_0, to_prediction
 from jaxdiff.diffusion.samplers import ddim_step, ddpm_step, image_keys, sample, starting_noise
-from jaxdiff.diffusion.schedule import NoiseSchedule, timestep_spacing, with_final
+from jaxdiff.diffusion.schedule import timestep_spacing, with_final
 from jaxdiff.io.images import to_uint8
 from jaxdiff.mesh import put_batch, replicated
-from jaxdiff.recipes.objective import Condition
+from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.settings import SamplingSettings
 
 Sampler = Callable[[Any, Any, Condition], Any]
 """(params, image keys, condition) -> images, or (images, trajectory)."""
 
 
-def make_denoiser(
-    model: nn.Module, params: Any, schedule: NoiseSchedule, prediction_type: str
-) -> ConditionalDenoiser:
+def make_denoiser(model: ConditionalModel, params: Any) -> ConditionalDenoiser:
     """Wrap a network as `(x_t, t, condition) -> Prediction`, its clean image clipped to [-1, 1]."""
 
     def denoise(x_t: jax.Array, t: jax.Array, condition: Condition) -> Prediction:
-        alpha_t, sigma_t = schedule.alpha_sigma(t)
-        output = model.apply({"params": params}, x_t, jnp.broadcast_to(t, x_t.shape[:1]), *condition)
-        return clip_x_0(to_prediction(output, x_t, alpha_t, sigma_t, prediction_type), x_t, alpha_t, sigma_t)
+        alpha_t, sigma_t = model.schedule.alpha_sigma(t)
+        output = model.network.apply({"params": params}, x_t, jnp.broadcast_to(t, x_t.shape[:1]), *condition)
+        prediction = to_prediction(output, x_t, alpha_t, sigma_t, model.prediction_type)
+        return clip_x_0(prediction, x_t, alpha_t, sigma_t)
 
     return denoise
 
 
 def guide_conditions(
-    denoise: ConditionalDenoiser,
-    condition: Condition,
-    null: tuple[int, int],
-    schedule: NoiseSchedule,
-    settings: SamplingSettings,
-):
+    model: ConditionalModel, denoise: ConditionalDenoiser, condition: Condition, settings: SamplingSettings
+) -> Denoiser:
     """Return the guided denoiser: nothing, then the domain, then the class, each with its own scale."""
-    no_class = jnp.full_like(condition.class_labels, null[0])
-    no_domain = jnp.full_like(condition.domain_labels, null[1])
+    no_class = jnp.full_like(condition.class_labels, model.null[0])
+    no_domain = jnp.full_like(condition.domain_labels, model.null[1])
     chain = (
         Condition(no_class, no_domain),
         Condition(no_class, condition.domain_labels),
@@ -59,32 +54,22 @@ def guide_conditions(
     guided = guide(denoise, list(zip(weights, chain)))
     if settings.guidance_interval is None:
         return guided
-    return within_interval(guided, guide(denoise, [(1.0, condition)]), schedule, *settings.guidance_interval)
+    unguided = guide(denoise, [(1.0, condition)])
+    return within_interval(guided, unguided, model.schedule, *settings.guidance_interval)
 
 
 def make_sampler(
-    model: nn.Module,
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    settings: SamplingSettings,
-    image_shape: tuple[int, int, int],
-    null: tuple[int, int],
-    mesh: Mesh,
-    trajectory: bool = False,
+    model: ConditionalModel, settings: SamplingSettings, mesh: Mesh, trajectory: bool = False
 ) -> Sampler:
     """Return the jitted sampler; with `trajectory` it also returns every x_t and predicted x_0."""
-    timesteps = timestep_spacing(settings.spacing, settings.num_steps, schedule.num_train_timesteps)
-
-    def step(schedule, prediction, x_t, t, s, noise):
-        if settings.sampler == "ddpm":
-            return ddpm_step(schedule, prediction, x_t, t, s, noise)
-        return ddim_step(schedule, prediction, x_t, t, s, noise, eta=settings.eta or 0.0)
+    spaced = timestep_spacing(settings.spacing, settings.num_steps, model.schedule.num_train_timesteps)
+    timesteps = with_final(spaced)
+    step = ddpm_step if settings.sampler == "ddpm" else partial(ddim_step, eta=settings.eta or 0.0)
 
     def run(params: Any, keys: jax.Array, condition: Condition):
-        denoise = make_denoiser(model, params, schedule, prediction_type)
-        guided = guide_conditions(denoise, condition, null, schedule, settings)
-        x_T = starting_noise(keys, image_shape)
-        return sample(guided, x_T, keys, schedule, with_final(timesteps), step, trajectory)
+        guided = guide_conditions(model, make_denoiser(model, params), condition, settings)
+        x_T = starting_noise(keys, model.image_shape)
+        return sample(guided, x_T, keys, model.schedule, timesteps, step, trajectory)
 
     return jax.jit(run, out_shardings=replicated(mesh))
 

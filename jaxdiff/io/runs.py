@@ -1,0 +1,198 @@
+"""The run folder: config.json, metrics.jsonl with TensorBoard beside it, results.json, and what identifies them."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Collection, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from jaxdiff.errors import InputError
+
+CONFIG = "config.json"
+RESULTS = "results.json"
+METRICS = "metrics.jsonl"
+PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+
+
+def prepare_run_dir(folder: Path) -> None:
+    """Create the folder and prove that it can be written.
+
+    Raises:
+      InputError: it is a file, or not writable.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as plain JSON values, nested groups flattened into one level as its flags are."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= as_json(value)
+        else:
+            flat[field.name] = str(value) if isinstance(value, Path) else value
+    return json.loads(json.dumps(flat))
+
+
+def from_json(config_class: type, flat: Mapping[str, Any]) -> Any:
+    """Rebuild a config dataclass from `as_json`; fields that a later version added keep their defaults."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        default = getattr(config_class(), field.name)
+        if dataclasses.is_dataclass(default):
+            values[field.name] = from_json(type(default), flat)
+        elif field.name in flat:
+            value = flat[field.name]
+            value = tuple(value) if isinstance(value, list) else value
+            values[field.name] = Path(value) if isinstance(default, Path) else value
+    return config_class(**values)
+
+
+def check_config(folder: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
+    """Write config.json, or, where a run already has one, check that this is the same run.
+
+    Args:
+      folder: run folder.
+      config: from `as_json`.
+      free: fields that may change between the parts of one run.
+
+    Raises:
+      InputError: another config started this run; the message names every differing field.
+    """
+    path = folder / CONFIG
+    if path.exists():
+        old = read_json(path)
+        differing = [
+            f"{name} was {old.get(name)!r}, is {config.get(name)!r}"
+            for name in sorted({*old, *config} - set(free))
+            if old.get(name) != config.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{folder} holds a run with another config: {'; '.join(differing)}. "
+                "Choose another --out, or start over with --resume never"
+            )
+    write_json(path, config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+      InputError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON object, whole or not at all.
+
+    Raises:
+      ValueError: a number in it is not finite.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def write_results(
+    folder: Path, figures: Mapping[str, Any], config: Mapping[str, Any], hashes: Mapping[str, str], device: str
+) -> Path:
+    """Write results.json: the figures under their plain names, then config, versions, hashes and command line."""
+    path = folder / RESULTS
+    about = {"config": config, "versions": versions(device), "hashes": hashes, "command": command_line()}
+    write_json(path, {**figures, **about})
+    return path
+
+
+def versions(device: str) -> dict[str, str]:
+    """Return the versions of everything that decides a result, and the machine."""
+    found = {name: metadata.version(name) for name in PACKAGES}
+    return {**found, "python": platform.python_version(), "platform": platform.platform(), "device": device}
+
+
+def command_line() -> str:
+    """Return the command as it was typed, as `python -m` would take it."""
+    program = Path(sys.argv[0])
+    name = f"python -m jaxdiff.{program.stem}" if program.suffix == ".py" else program.name
+    return " ".join([name, *sys.argv[1:]])
+
+
+def tree_hash(tree: Any) -> str:
+    """Return the SHA-256 of nested dicts of arrays: names, dtypes, shapes and bytes, in order of name."""
+    digest = hashlib.sha256()
+
+    def add(path: str, node: Any) -> None:
+        if isinstance(node, Mapping):
+            for name in sorted(node):
+                add(f"{path}/{name}", node[name])
+            return
+        array = np.ascontiguousarray(node)
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+
+    add("", tree)
+    return digest.hexdigest()
+
+
+class MetricsLog:
+    """Figures by step in metrics.jsonl and TensorBoard; a resumed log reads like an uninterrupted one."""
+
+    def __init__(self, folder: Path, resumed_step: int):
+        """Open the log, forgetting everything after `resumed_step`, which will be done again."""
+        path = folder / METRICS
+        kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Append figures of one step.
+
+        Raises:
+          ValueError: one of them is not finite.
+        """
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value} at step {step}")
+            self._board.add_scalar(name, value, step)
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the logged lines in order; a last line cut short by a crash is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
