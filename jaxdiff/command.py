@@ -34,9 +34,7 @@ def run_command(
       The exit code.
     """
     try:
-        config = tyro.cli(
-            config_class, prog=f"jaxdiff {name}", args=args, config=(tyro.conf.OmitArgPrefixes,)
-        )
+        config = tyro.cli(config_class, prog=f"jaxdiff {name}", args=args, config=(tyro.conf.OmitArgPrefixes,))
         paths = run(config)
     except InterruptedRun as stop:
         print(f"\njaxdiff {name}: {stop}", file=sys.stderr)

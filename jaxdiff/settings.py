@@ -13,6 +13,16 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def as_flag(name: str) -> str:
+    """Return a field's name as it is typed on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def require_at_least(name: str, value: float, least: int) -> None:
+    """Raise InputError, naming the flag, unless value >= least."""
+    require(value >= least, f"{as_flag(name)} must be at least {least}, got {value}")
+
+
 @dataclass(frozen=True)
 class DiffusionSettings:
     """Noise schedule, what the network predicts, and how its error is weighted."""
@@ -31,7 +41,7 @@ class DiffusionSettings:
     """Clamp of min-SNR, signal-to-noise power ratio; None means 5. Only with --loss-weighting min_snr."""
 
     def __post_init__(self):
-        require(self.num_train_timesteps >= 1, f"--num-train-timesteps must be at least 1, got {self.num_train_timesteps}")
+        require_at_least("num_train_timesteps", self.num_train_timesteps, 1)
         require(
             not (self.zero_terminal_snr and self.prediction_type == "eps"),
             "--zero-terminal-snr leaves no signal at the last timestep, where eps says nothing about the image: "
@@ -45,6 +55,59 @@ class DiffusionSettings:
             self.min_snr_gamma is None or self.min_snr_gamma > 0,
             f"--min-snr-gamma must be positive, got {self.min_snr_gamma}",
         )
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Optimisation, condition dropout, and how often things are written."""
+
+    train_steps: int = 1500
+    """Training steps."""
+    batch_size: int = 64
+    """Images of a training step, over all devices."""
+    accumulation_steps: int = 1
+    """Equal parts that a batch is worked through in, to save memory."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up; a cosine to 0 follows."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of kernels and embeddings."""
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient."""
+    ema_decay: float = 0.995
+    """Limit of the decay of the parameter average that is sampled from, in [0, 1)."""
+    class_dropout: float = 0.1
+    """Probability that an image loses its class alone."""
+    domain_dropout: float = 0.0
+    """Probability that an image loses its domain alone."""
+    joint_dropout: float = 0.1
+    """Probability that an image loses both."""
+    log_every: int = 20
+    """Steps between logged figures."""
+    save_every: int = 250
+    """Steps between checkpoints."""
+    sample_every: int = 500
+    """Steps between sample grids."""
+
+    def __post_init__(self):
+        for name in (
+            "train_steps",
+            "batch_size",
+            "accumulation_steps",
+            "log_every",
+            "save_every",
+            "sample_every",
+        ):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "weight_decay"):
+            require_at_least(name, getattr(self, name), 0)
+        for name in ("class_dropout", "domain_dropout", "joint_dropout", "ema_decay"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{as_flag(name)} must lie in [0, 1), got {value}")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{as_flag(name)} must be positive and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -69,14 +132,17 @@ class SamplingSettings:
     """Images sampled at once."""
 
     def __post_init__(self):
-        require(self.num_steps >= 1, f"--num-steps must be at least 1, got {self.num_steps}")
-        require(self.sample_batch_size >= 1, f"--sample-batch-size must be at least 1, got {self.sample_batch_size}")
+        for name in ("num_steps", "sample_batch_size"):
+            require_at_least(name, getattr(self, name), 1)
         require(
             self.eta is None or self.sampler == "ddim",
             f"--eta has no effect with --sampler {self.sampler}: drop it or use ddim",
         )
         require(self.eta is None or 0 <= self.eta <= 1, f"--eta must lie in [0, 1], got {self.eta}")
-        for flag, scale in (("guidance", self.guidance_scale), ("domain-guidance", self.domain_guidance_scale)):
+        for flag, scale in (
+            ("guidance", self.guidance_scale),
+            ("domain-guidance", self.domain_guidance_scale),
+        ):
             require(
                 scale is None or (math.isfinite(scale) and scale >= 0),
                 f"--{flag}-scale must be a finite number of at least 0, got {scale}",
@@ -98,18 +164,16 @@ class SamplingSettings:
         return self.guidance_scale if self.domain_guidance_scale is None else self.domain_guidance_scale
 
 
-def require_trained_branches(
-    sampling: SamplingSettings, class_dropout: float, domain_dropout: float, joint_dropout: float
-) -> None:
+def require_trained_branches(sampling: SamplingSettings, training: TrainingSettings) -> None:
     """Raise InputError where guidance would ask the network for a condition that it never met in training."""
     scale, domain_scale = sampling.guidance_scale, sampling.domain_scale
     require(
-        domain_scale == 1.0 or joint_dropout > 0 or (class_dropout > 0 and domain_dropout > 0),
-        f"guidance scale {domain_scale} needs images without class and domain in training: "
-        "raise --joint-dropout above 0, or sample with --guidance-scale 1",
+        domain_scale == 1.0 or training.joint_dropout > 0 or training.class_dropout * training.domain_dropout > 0,
+        f"a guidance scale of {domain_scale} needs images without class and domain in training: "
+        "raise --joint-dropout above 0, or use --guidance-scale 1",
     )
     require(
-        scale == domain_scale or class_dropout > 0,
+        scale == domain_scale or training.class_dropout > 0,
         f"guidance scales {scale} (class) and {domain_scale} (domain) differ, which needs images without class in "
         "training: raise --class-dropout above 0",
     )

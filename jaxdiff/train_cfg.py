@@ -1,6 +1,6 @@
 """Train a class- and domain-conditional diffusion model with classifier-free guidance, sample it and judge it.
 
-    python -m jaxdiff.train_cfg --data digits --out runs/digits
+    python -m jaxdiff.train_cfg --data digits --out runs/train_cfg
 
 Writes into --out: checkpoints, metrics.jsonl and TensorBoard files, sample grids, reverse-process strips,
 results.json and report.html. Run the same command again to go on where it stopped.
@@ -17,7 +17,16 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff.command import run_command
-from jaxdiff.settings import DiffusionSettings, SamplingSettings, require, require_trained_branches
+from jaxdiff.settings import (
+    DiffusionSettings,
+    SamplingSettings,
+    TrainingSettings,
+    require,
+    require_at_least,
+    require_trained_branches,
+)
+
+Group = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
@@ -25,108 +34,107 @@ class Config:
     """Train a class- and domain-conditional diffusion model, sample it and judge the samples."""
 
     data: str = "digits"
-    """`digits` (embedded), a folder, or tfds:NAME[,NAME...]; see the README for the layouts."""
+    """`digits` (embedded), a folder, or tfds:NAME[,NAME...]; the README shows the layouts."""
     out: Path = Path("runs/train_cfg")
     """Run folder; an unfinished run found there goes on."""
     seed: int = 0
     """Seed of initial parameters, data order, noise and samples."""
     resume: Literal["auto", "never"] = "auto"
-    """Go on from the run folder's last checkpoint, or delete its checkpoints and start over."""
+    """Go on from the last checkpoint, or delete the run's checkpoints and start over."""
     devices: int | None = None
     """Devices that share a batch; None means all."""
     image_size: int | None = None
     """Height and width in pixels to resize to; None keeps the data's own."""
     preset: Literal["tiny", "small", "base"] = "tiny"
-    """UNet: tiny 1.1 M, small 4.4 M or base 27.2 M parameters (10 classes, 2 domains)."""
+    """UNet: tiny 1.1 M, small 4.4 M or base 27.2 M parameters."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the network computes in; parameters and schedule stay float32."""
-    diffusion: Annotated[DiffusionSettings, tyro.conf.arg(name="")] = field(default_factory=DiffusionSettings)
-    train_steps: int = 1500
-    """Training steps."""
-    batch_size: int = 64
-    """Images of a training step, over all devices."""
-    accumulation_steps: int = 1
-    """Equal parts that a batch is worked through in, to save memory."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up; a cosine to 0 follows."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of kernels."""
-    clip_norm: float = 1.0
-    """Largest global norm of a gradient."""
-    ema_decay: float = 0.995
-    """Limit of the decay of the parameter average that is sampled from, in [0, 1)."""
-    class_dropout: float = 0.1
-    """Probability that an image loses its class alone."""
-    domain_dropout: float = 0.0
-    """Probability that an image loses its domain alone."""
-    joint_dropout: float = 0.1
-    """Probability that an image loses both."""
-    log_every: int = 20
-    """Steps between logged figures."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    sample_every: int = 500
-    """Steps between sample grids."""
+    diffusion: Annotated[DiffusionSettings, Group] = field(default_factory=DiffusionSettings)
+    training: Annotated[TrainingSettings, Group] = field(default_factory=TrainingSettings)
+    sampling: Annotated[SamplingSettings, Group] = field(default_factory=SamplingSettings)
     judge_steps: int = 600
     """Training steps of the judge."""
     samples_per_class: int = 100
     """Judged samples of each class in each domain."""
     deliver: int = 0
     """Write this many single pictures of each class in each domain, `samples/{domain}/{class}_{001..}.png`."""
-    sampling: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
 
     def __post_init__(self):
-        for name in (
-            "train_steps", "batch_size", "accumulation_steps", "log_every", "save_every", "sample_every",
-            "judge_steps", "samples_per_class",
-        ):  # fmt: skip
-            flag, value = "--" + name.replace("_", "-"), getattr(self, name)
-            require(value >= 1, f"{flag} must be at least 1, got {value}")
-        for name in ("class_dropout", "domain_dropout", "joint_dropout", "ema_decay"):
-            flag, value = "--" + name.replace("_", "-"), getattr(self, name)
-            require(0 <= value < 1, f"{flag} must lie in [0, 1), got {value}")
-        require(self.learning_rate > 0, f"--learning-rate must be positive, got {self.learning_rate}")
-        require(self.clip_norm > 0, f"--clip-norm must be positive, got {self.clip_norm}")
-        require(self.warmup_steps >= 0, f"--warmup-steps must be at least 0, got {self.warmup_steps}")
-        require(self.weight_decay >= 0, f"--weight-decay must be at least 0, got {self.weight_decay}")
+        for name in ("judge_steps", "samples_per_class"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("devices", "image_size"):
+            require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
         require(
             0 <= self.deliver <= self.samples_per_class,
             f"--deliver must lie in 0..{self.samples_per_class} (--samples-per-class), got {self.deliver}",
         )
-        require_trained_branches(self.sampling, self.class_dropout, self.domain_dropout, self.joint_dropout)
+        require(
+            self.sampling.num_steps <= self.diffusion.num_train_timesteps,
+            f"--num-steps {self.sampling.num_steps} is more than the {self.diffusion.num_train_timesteps} timesteps "
+            "of --num-train-timesteps",
+        )
+        require_trained_branches(self.sampling, self.training)
 
 
 # What may differ when a run goes on: none of it changes the trained parameters.
-FREE = {"out", "resume", "devices", "log_every", "save_every", "sample_every", "samples_per_class", "deliver"} | {
-    field.name for field in dataclasses.fields(SamplingSettings)
-}
+FREE = {
+    "out",
+    "resume",
+    "devices",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "samples_per_class",
+    "deliver",
+} | {field.name for field in dataclasses.fields(SamplingSettings)}
 
 
-def build(config: Config, splits, mesh):
-    """Return the model, the optimizer with its learning rate, the loss and the state at step 0."""
-    import jax
+def run(config: Config) -> list[Path]:
+    """Load and check the data, train judge and model, sample, judge and report."""
+    from jaxdiff.io.datasets import describe, load_data
+    from jaxdiff.io.runs import as_json, open_run
+    from jaxdiff.mesh import make_mesh, require_divisible
+    from jaxdiff.recipes.conditional_training import build_training, train
+    from jaxdiff.recipes.digits_report import Evaluation, evaluate
+    from jaxdiff.recipes.judge import prepare_judge
+    from jaxdiff.recipes.sampling import make_sampler
 
-    from jaxdiff.recipes.conditional import build_conditional_model
-    from jaxdiff.recipes.objective import ConditionDropout, make_diffusion_loss
-    from jaxdiff.recipes.training import create_state, make_optimizer
-
-    data = splits.train
-    model = build_conditional_model(
-        config.preset,
-        config.dtype,
-        config.diffusion,
-        data.images.shape[1:],
-        data.class_names,
-        data.domain_names,
+    started = time.perf_counter()
+    mesh = make_mesh(config.devices)
+    require_divisible(config.training.batch_size, mesh, "--batch-size", config.training.accumulation_steps)
+    require_divisible(config.sampling.sample_batch_size, mesh, "--sample-batch-size")
+    splits = load_data(config.data, config.image_size)
+    print(describe(splits))
+    out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
+    parts = build_training(
+        splits.train, config.preset, config.dtype, config.diffusion, config.training, config.seed, mesh
     )
-    optimizer, learning_rate = make_optimizer(
-        config.learning_rate, config.warmup_steps, config.train_steps, config.weight_decay, config.clip_norm
+    sampler = make_sampler(parts.model, config.sampling, mesh)
+    judge, judged = prepare_judge(splits, config.judge_steps, config.seed, mesh, out)
+    params, trained = train(
+        parts, splits, config.training, sampler, config.sampling.sample_batch_size, config.seed, out, mesh
     )
-    init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    dropout = ConditionDropout(config.class_dropout, config.domain_dropout, config.joint_dropout)
-    loss_fn = make_diffusion_loss(model, config.diffusion, dropout)
-    state = create_state(model.init(init_key), optimizer, train_key, mesh)
-    return model, optimizer, learning_rate, loss_fn, state
+    task = Evaluation(
+        run=out,
+        out=out,
+        model=parts.model,
+        params=params,
+        judge=judge,
+        sampler=sampler,
+        sampling=config.sampling,
+        seed=config.seed,
+        samples_per_class=config.samples_per_class,
+        deliver=config.deliver,
+        mesh=mesh,
+    )
+    return evaluate(task, judged | trained, as_json(config), started)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command("train_cfg", Config, run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,4 +17,4 @@ SAMPLER_ATOL = 1e-4
 """Many float32 steps in a row: the errors of `FLOAT32_ATOL` add up."""
 
 FLOAT64_RTOL = 1e-6
-"""A float32 table against the same closed form in NumPy float64: half an ulp of float32 is 6e-8, sums cost a little more."""
+"""A float32 table against the same closed form in NumPy float64: half an ulp is 6e-8, sums cost more."""

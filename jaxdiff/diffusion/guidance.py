@@ -62,9 +62,7 @@ def guide(denoise: ConditionalDenoiser, branches: Sequence[tuple[float, Conditio
     return guided
 
 
-def within_interval(
-    guided: Denoiser, unguided: Denoiser, schedule: NoiseSchedule, low: float, high: float
-) -> Denoiser:
+def within_interval(guided: Denoiser, unguided: Denoiser, schedule: NoiseSchedule, low: float, high: float) -> Denoiser:
     """Return equation (3): `guided` inside the interval of noise levels, `unguided`, which costs less, outside."""
 
     def denoise(x_t: Images, t: Timestep) -> Prediction:

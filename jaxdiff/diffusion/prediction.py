@@ -1,8 +1,8 @@
 """What a network predicts, and the pair (x_0, eps) that everything else works with.
 
-    (1)  x_t = alpha_t x_0 + sigma_t eps
-    (2)  v   = alpha_t eps - sigma_t x_0                                   (arXiv 2202.00512, appendix D)
-    (3)  x_0 = alpha_t x_t - sigma_t v,   eps = sigma_t x_t + alpha_t v    (from 1 and 2, alpha^2 + sigma^2 = 1)
+(1)  x_t = alpha_t x_0 + sigma_t eps
+(2)  v   = alpha_t eps - sigma_t x_0                                   (arXiv 2202.00512, appendix D)
+(3)  x_0 = alpha_t x_t - sigma_t v,   eps = sigma_t x_t + alpha_t v    (from 1 and 2, alpha^2 + sigma^2 = 1)
 """
 
 from typing import Literal, NamedTuple
@@ -49,9 +49,7 @@ def to_prediction(
     raise ValueError(f"unknown prediction type {prediction_type!r}: choose eps, x_0 or v")
 
 
-def to_target(
-    x_0: Images, eps: Images, alpha_t: Scale, sigma_t: Scale, prediction_type: PredictionType
-) -> Images:
+def to_target(x_0: Images, eps: Images, alpha_t: Scale, sigma_t: Scale, prediction_type: PredictionType) -> Images:
     """Return what the network should output: eps, x_0, or v of equation (2)."""
     if prediction_type == "eps":
         return eps
@@ -62,9 +60,7 @@ def to_target(
     raise ValueError(f"unknown prediction type {prediction_type!r}: choose eps, x_0 or v")
 
 
-def clip_x_0(
-    prediction: Prediction, x_t: Images, alpha_t: Scale, sigma_t: Scale, bound: float = 1.0
-) -> Prediction:
+def clip_x_0(prediction: Prediction, x_t: Images, alpha_t: Scale, sigma_t: Scale, bound: float = 1.0) -> Prediction:
     """Clip the clean image to [-bound, bound] and recompute the noise, so that equation (1) still holds."""
     x_0 = jnp.clip(prediction.x_0, -bound, bound)
     return Prediction(x_0, _noise_of(x_0, x_t, expand(alpha_t, x_t), expand(sigma_t, x_t)))

@@ -28,7 +28,7 @@ Step = Callable[[NoiseSchedule, Prediction, Images, Timestep, Timestep, Callable
 
 
 class Trajectory(NamedTuple):
-    """What the reverse process went through: every x_t, first to last, and the clean image seen in each but the last."""
+    """What the reverse process went through: every x_t, and the clean image seen in each but the last."""
 
     x_t: Float[Array, "N+1 B H W C"]
     x_0: Float[Array, "N B H W C"]

@@ -1,9 +1,9 @@
 """Labelled pictures from anywhere as one value, checked before use, in an order that is a function of (seed, step).
 
-    digits               embedded, no download                                     (digits.py)
-    PATH                 {domain}/train.csv + {domain}/data/*.png, or
-                         {domain}/{label}/*.png                                    (folders.py)
-    tfds:NAME[,NAME...]  prepared TensorFlow Datasets builders, a domain each      (tfds_source.py)
+digits               embedded, no download                                     (digits.py)
+PATH                 {domain}/train.csv + {domain}/data/*.png, or
+                     {domain}/{label}/*.png                                    (folders.py)
+tfds:NAME[,NAME...]  prepared TensorFlow Datasets builders, a domain each      (tfds_source.py)
 """
 
 from collections.abc import Callable
@@ -35,9 +35,7 @@ class Dataset:
 
     def subset(self, chosen: Shaped[np.ndarray, "_"]) -> "Dataset":
         """Return the pictures that an index or boolean array chooses."""
-        return replace(
-            self, images=self.images[chosen], labels=self.labels[chosen], domains=self.domains[chosen]
-        )
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen], domains=self.domains[chosen])
 
     def counts(self) -> Int[np.ndarray, "D K"]:
         """Count pictures by domain (row) and class (column)."""
@@ -76,7 +74,8 @@ def load_data(source: str, image_size: int | None = None) -> Splits:
         from jaxdiff.io import digits
 
         names = tuple("0123456789"), digits.DOMAINS
-        splits = Splits(*(Dataset(*digits.embedded_digits(held_out), *names) for held_out in (False, True)))
+        train, held_out = (Dataset(*digits.embedded_digits(held_out), *names) for held_out in (False, True))
+        splits = Splits(train, held_out)
         return splits if image_size is None else resize(splits, image_size)
     if source.startswith("tfds:"):
         from jaxdiff.io.tfds_source import load_tfds

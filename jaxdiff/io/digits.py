@@ -29,7 +29,9 @@ DOMAINS = ("digits_m", "digits_street")
 Masks = Float[np.ndarray, "N H W"]
 
 
-def embedded_digits(held_out: bool) -> tuple[UInt8[np.ndarray, "N H W 3"], Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+def embedded_digits(
+    held_out: bool,
+) -> tuple[UInt8[np.ndarray, "N H W 3"], Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
     """Return (images, labels, domains) of the training part or of the held-out part."""
     rng = np.random.default_rng([RECIPE_SEED, int(held_out)])
     digits, labels = split_digits(held_out)

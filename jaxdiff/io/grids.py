@@ -28,7 +28,7 @@ def labelled_grid(
     title: str,
     row_axis: str = "",
     column_axis: str = "",
-    style: GridStyle = GridStyle(),  # noqa: B008 (frozen)
+    style: GridStyle = GridStyle(),
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Draw pictures row by row under a title, with a label for every row and column.
 

@@ -65,9 +65,7 @@ def read_idx(path: Path) -> UInt8[np.ndarray, "*shape"]:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def read_mnist(
-    folder: Path, split: str
-) -> tuple[UInt8[np.ndarray, "N H W"], Int[np.ndarray, "N"]]:
+def read_mnist(folder: Path, split: str) -> tuple[UInt8[np.ndarray, "N H W"], Int[np.ndarray, "N"]]:
     """Read MNIST's digits and labels of one split, "train" or "test", from the original files, gzipped or not."""
     paths = []
     for name in IDX_FILES[split]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Collection, Mapping
 from importlib import metadata
@@ -20,15 +21,33 @@ from jaxdiff.errors import InputError
 CONFIG = "config.json"
 RESULTS = "results.json"
 METRICS = "metrics.jsonl"
+MADE_BY_TRAINING = (
+    "checkpoints",
+    "judge",
+    "judge.json",
+    "tensorboard",
+    "grids",
+    METRICS,
+    CONFIG,
+    RESULTS,
+    "report.html",
+)
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
-def prepare_run_dir(folder: Path) -> None:
-    """Create the folder and prove that it can be written.
+def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = (), start_over: bool = False) -> Path:
+    """Create or open a run folder, check that it holds this run and no other, and return its absolute path.
+
+    Args:
+      folder: run folder.
+      config: from `as_json`.
+      free: fields that may change between the parts of one run.
+      start_over: delete what an earlier run left there.
 
     Raises:
-      InputError: it is a file, or not writable.
+      InputError: the folder cannot be written, or another config started its run.
     """
+    folder = folder.expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -36,6 +55,12 @@ def prepare_run_dir(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    if start_over:
+        for name in MADE_BY_TRAINING:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / name).unlink(missing_ok=True)
+    check_config(folder, config, free)
+    return folder
 
 
 def as_json(config: Any) -> dict[str, Any]:
@@ -60,7 +85,7 @@ def from_json(config_class: type, flat: Mapping[str, Any]) -> Any:
         elif field.name in flat:
             value = flat[field.name]
             value = tuple(value) if isinstance(value, list) else value
-            values[field.name] = Path(value) if isinstance(default, Path) else value
+            values[field.name] = Path(flat[field.name]) if isinstance(default, Path) else value
     return config_class(**values)
 
 
@@ -115,7 +140,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_results(
-    folder: Path, figures: Mapping[str, Any], config: Mapping[str, Any], hashes: Mapping[str, str], device: str
+    folder: Path,
+    figures: Mapping[str, Any],
+    config: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    device: str,
 ) -> Path:
     """Write results.json: the figures under their plain names, then config, versions, hashes and command line."""
     path = folder / RESULTS

@@ -1,7 +1,7 @@
 """What tells the network when and what: sinusoidal timesteps and learned conditions with a null token.
 
-    (1)  freq_j = max_period^(-j / (half - freq_shift)),  j = 0..half-1          (arXiv 2006.11239; 1706.03762)
-    (2)  emb(t) = [sin(t freq) | cos(t freq)]   or, with flip_sin_to_cos, [cos | sin]
+(1)  freq_j = max_period^(-j / (half - freq_shift)),  j = 0..half-1          (arXiv 2006.11239; 1706.03762)
+(2)  emb(t) = [sin(t freq) | cos(t freq)]   or, with flip_sin_to_cos, [cos | sin]
 """
 
 import math

@@ -47,8 +47,7 @@ class UNetConfig:
     def __post_init__(self):
         if len(self.attention) != len(self.block_out_channels):
             raise ValueError(
-                f"attention needs one entry a level: {len(self.attention)} given, "
-                f"{len(self.block_out_channels)} levels"
+                f"attention needs one entry a level: {len(self.attention)} given, {len(self.block_out_channels)} levels"
             )
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
@@ -99,9 +98,7 @@ class UNet(nn.Module):
             UpBlock(cfg, channels, has_attention, last=i == len(levels) - 1, dtype=self.dtype)
             for i, (channels, has_attention) in enumerate(reversed(levels))
         ]
-        self.conv_norm_out = GroupNorm(
-            cfg.norm_num_groups, epsilon=cfg.norm_eps, activation="silu", dtype=self.dtype
-        )
+        self.conv_norm_out = GroupNorm(cfg.norm_num_groups, epsilon=cfg.norm_eps, activation="silu", dtype=self.dtype)
         self.conv_out = Conv(cfg.out_channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
     def __call__(
@@ -128,9 +125,9 @@ class UNet(nn.Module):
             x, pushed = block(x, embedding, train)
             skips.extend(pushed)
         x = self.mid_block(x, embedding, train)
-        for block in self.up_blocks:
+        for up_block in self.up_blocks:
             split = len(skips) - self.config.layers_per_block - 1
-            x = block(x, skips[split:], embedding, train)
+            x = up_block(x, skips[split:], embedding, train)
             skips = skips[:split]
         return self.conv_out(self.conv_norm_out(x)).astype(jnp.float32)
 
@@ -162,16 +159,12 @@ class Level(nn.Module):
     def resnet(self, name: str) -> ResnetBlock:
         """Make one residual block of this level."""
         cfg = self.config
-        return ResnetBlock(
-            self.channels, cfg.norm_num_groups, cfg.norm_eps, cfg.dropout, dtype=self.dtype, name=name
-        )
+        return ResnetBlock(self.channels, cfg.norm_num_groups, cfg.norm_eps, cfg.dropout, dtype=self.dtype, name=name)
 
     def attend(self, name: str) -> AttentionBlock:
         """Make one attention block of this level."""
         cfg = self.config
-        return AttentionBlock(
-            cfg.attention_head_dim, cfg.norm_num_groups, cfg.norm_eps, dtype=self.dtype, name=name
-        )
+        return AttentionBlock(cfg.attention_head_dim, cfg.norm_num_groups, cfg.norm_eps, dtype=self.dtype, name=name)
 
 
 class DownBlock(Level):

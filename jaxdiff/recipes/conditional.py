@@ -1,17 +1,18 @@
 """A class- and domain-conditional diffusion model as one value: network, schedule, names, and its null tokens."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.diffusion.prediction import PredictionType
 from jaxdiff.diffusion.schedule import NoiseSchedule, check_prediction_type, make_schedule
 from jaxdiff.errors import InputError
 from jaxdiff.models.unet import PRESETS, UNet, UNetConfig
 from jaxdiff.settings import DiffusionSettings
-from jaxdiff.shapes import Labels
+from jaxdiff.shapes import Images, Labels, Timesteps
 
 
 class Condition(NamedTuple):
@@ -27,7 +28,7 @@ class ConditionalModel:
 
     network: nn.Module
     schedule: NoiseSchedule
-    prediction_type: str
+    prediction_type: PredictionType
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     domain_names: tuple[str, ...]
@@ -36,6 +37,10 @@ class ConditionalModel:
     def null(self) -> tuple[int, int]:
         """The tokens that mean "no class" and "no domain"."""
         return len(self.class_names), len(self.domain_names)
+
+    def apply(self, params: Any, x_t: Images, t: Timesteps, condition: Condition, **options: Any) -> Images:
+        """Run the network; options are `train` and `rngs`, as linen takes them."""
+        return jnp.asarray(self.network.apply({"params": params}, x_t, t, *condition, **options))
 
     def init(self, key: jax.Array) -> dict:
         """Return fresh parameters."""
@@ -74,6 +79,4 @@ def build_conditional_model(
     )
     check_prediction_type(schedule, diffusion.prediction_type)
     network = UNet(config, dtype=jnp.dtype(dtype))
-    return ConditionalModel(
-        network, schedule, diffusion.prediction_type, image_shape, class_names, domain_names
-    )
+    return ConditionalModel(network, schedule, diffusion.prediction_type, image_shape, class_names, domain_names)

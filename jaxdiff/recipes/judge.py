@@ -15,12 +15,17 @@ from jaxtyping import Bool, Int, UInt8
 from tqdm import tqdm
 
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.datasets import Batch, Dataset, batches
+from jaxdiff.io.datasets import Batch, Dataset, Splits, batches
 from jaxdiff.io.images import to_float
+from jaxdiff.io.runs import write_json
 from jaxdiff.mesh import put_batch
 from jaxdiff.models.classifier import Classifier, ClassifierConfig
 from jaxdiff.recipes.training import LossFn, create_state, fit, make_optimizer, make_train_step
 from jaxdiff.shapes import ImageKeys
+
+JUDGE = "judge.json"
+JUDGE_BATCH = 128
+"""Images of a training step of the judge; any number of devices that it splits over."""
 
 
 class Judge(NamedTuple):
@@ -50,9 +55,7 @@ def make_judge_loss(model: Classifier) -> LossFn:
     return loss_fn
 
 
-def train_judge(
-    train: Dataset, num_steps: int, batch_size: int, seed: int, mesh: Mesh, directory: Path
-) -> Judge:
+def train_judge(train: Dataset, num_steps: int, batch_size: int, seed: int, mesh: Mesh, directory: Path) -> Judge:
     """Train a judge on the training images, or load the finished one from `directory`."""
     config = ClassifierConfig(len(train.class_names), len(train.domain_names))
     model = Classifier(config)
@@ -75,13 +78,34 @@ def train_judge(
     return Judge(config, state.ema_params)
 
 
-def recognise(judge: Judge, images: UInt8[np.ndarray, "N H W C"], batch_size: int, mesh: Mesh) -> Verdict:
+def prepare_judge(splits: Splits, num_steps: int, seed: int, mesh: Mesh, run: Path) -> tuple[Judge, dict[str, float]]:
+    """Train or load a run's judge, measure it on held-out real images, print that, and write judge.json."""
+    judge = train_judge(splits.train, num_steps, JUDGE_BATCH, seed, mesh, run / "judge")
+    held_out = splits.held_out
+    verdict = recognise(judge, held_out.images, mesh)
+    figures: dict[str, float] = {}
+    for d, domain in enumerate(held_out.domain_names):
+        here = held_out.domains == d
+        figures[f"judge.real_accuracy.{domain}"] = float((verdict.classes == held_out.labels)[here].mean())
+        figures[f"judge.real_domain_accuracy.{domain}"] = float((verdict.domains == d)[here].mean())
+        figures[f"judge.real_images.{domain}"] = int(here.sum())
+        print(
+            f"judge: {100 * figures[f'judge.real_accuracy.{domain}']:.1f} % of {here.sum():,} held-out real "
+            f"{domain} images recognised"
+        )
+    write_json(run / JUDGE, figures)
+    return judge, figures
+
+
+def recognise(judge: Judge, images: UInt8[np.ndarray, "N H W C"], mesh: Mesh) -> Verdict:
     """Return the judge's class and domain of every image."""
     model = Classifier(judge.config)
+    batch_size = 32 * mesh.size
 
     @jax.jit
     def classify(params, pixels):
-        return tuple(jnp.argmax(logits, -1) for logits in model.apply({"params": params}, to_float(pixels)))
+        logits: Any = model.apply({"params": params}, to_float(pixels))
+        return [jnp.argmax(head, axis=-1) for head in logits]
 
     answers = []
     for start in range(0, len(images), batch_size):

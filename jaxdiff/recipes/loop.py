@@ -16,15 +16,7 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.runs import MetricsLog
 from jaxdiff.recipes.training import StepResult, TrainState, fit
-
-
-@dataclass(frozen=True)
-class Every:
-    """How often, in steps, things happen during training."""
-
-    log: int
-    save: int
-    sample: int
+from jaxdiff.settings import TrainingSettings
 
 
 @dataclass
@@ -34,28 +26,24 @@ class TrainingLoop:
     Attributes:
       train_step: from `make_train_step`.
       batch_at: batch of step k, a pure function of k.
-      batch_size: images of a batch.
-      num_steps: total, counted from step 0 also after a resume.
+      settings: number of steps, images of a batch, intervals.
       mesh: devices.
       checkpoints: where states go.
       log: where figures go.
       learning_rate: step -> rate, for the log.
       validation_loss: EMA parameters -> loss on fixed held-out images, or None.
       sample: (step, EMA parameters) -> None, draws pictures along the way, or None.
-      every: intervals.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     batch_at: Callable[[int], Any]
-    batch_size: int
-    num_steps: int
+    settings: TrainingSettings
     mesh: Mesh
     checkpoints: Checkpoints
     log: MetricsLog
     learning_rate: Callable[[int], Any]
     validation_loss: Callable[[Any], jax.Array] | None
     sample: Callable[[int, Any], None] | None
-    every: Every
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step and return the final state, saved.
@@ -65,48 +53,50 @@ class TrainingLoop:
           InterruptedRun: Ctrl-C or SIGTERM; the state has been saved.
         """
         start = int(state.step)
-        results = fit(state, self.train_step, self.batch_at, self.num_steps, self.mesh)
-        bar = tqdm(total=self.num_steps, initial=start, unit="step", desc="training", dynamic_ncols=True)
+        results = fit(state, self.train_step, self.batch_at, self.settings.train_steps, self.mesh)
+        bar = tqdm(total=self.settings.train_steps, initial=start, unit="step", desc="training", dynamic_ncols=True)
         with StopRequest() as stop, bar:
             for result, figures in self._with_figures(results, bar):
                 state = result.state
-                due = result.step % self.every.save == 0 or result.step == self.num_steps
+                due = result.step % self.settings.save_every == 0 or result.step == self.settings.train_steps
                 if due or stop.requested:
                     self._save(result)
                 if figures:
                     self.log.write(result.step, figures)
-                if self.sample and result.step % self.every.sample == 0 and result.step < self.num_steps:
+                if (
+                    self.sample
+                    and result.step % self.settings.sample_every == 0
+                    and result.step < self.settings.train_steps
+                ):
                     self.sample(result.step, state.ema_params)
-                if stop.requested and result.step < self.num_steps:
+                if stop.requested and result.step < self.settings.train_steps:
                     self.checkpoints.wait()
                     raise InterruptedRun(
-                        f"stopped and saved at step {result.step} of {self.num_steps}; "
+                        f"stopped and saved at step {result.step} of {self.settings.train_steps}; "
                         "run the same command again to go on"
                     )
         self.checkpoints.wait()
         return state
 
-    def _with_figures(
-        self, results: Iterator[StepResult], bar: tqdm
-    ) -> Iterator[tuple[StepResult, dict[str, float]]]:
+    def _with_figures(self, results: Iterator[StepResult], bar: tqdm) -> Iterator[tuple[StepResult, dict[str, float]]]:
         """Pair each result with the figures to log at its step (most often none), having checked the last one."""
-        unread: list[StepResult] = []
+        unread: list[tuple[int, dict[str, jax.Array]]] = []
         losses: list[float] = []
         norms: list[float] = []
         since = time.perf_counter()
         for result in results:
-            unread.append(result._replace(state=None))
-            logged = result.step % self.every.log == 0 or result.step == self.num_steps
+            unread.append((result.step, result.metrics))
+            logged = result.step % self.settings.log_every == 0 or result.step == self.settings.train_steps
             # One step is left unread so that the device is never waited for, except when its figures are due.
             while len(unread) > (0 if logged else 1):
-                loss, norm = self._read(unread.pop(0))
+                loss, norm = self._read(*unread.pop(0))
                 losses.append(loss)
                 norms.append(norm)
             bar.update()
             figures = {}
             if logged:
                 now = time.perf_counter()
-                rate = len(losses) * self.batch_size / (now - since)
+                rate = len(losses) * self.settings.batch_size / (now - since)
                 figures = {
                     "loss": float(np.mean(losses)),
                     "gradient_norm": float(np.mean(norms)),
@@ -117,13 +107,13 @@ class TrainingLoop:
                 since, losses, norms = now, [], []
             yield result, figures
 
-    def _read(self, result: StepResult) -> tuple[float, float]:
+    def _read(self, step: int, metrics: dict[str, jax.Array]) -> tuple[float, float]:
         """Wait for a step's loss and gradient norm and check that both are finite."""
-        loss, norm = float(result.metrics["loss"]), float(result.metrics["gradient_norm"])
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             good = self.checkpoints.steps()
             raise InputError(
-                f"training diverged at step {result.step}: loss {loss}, gradient norm {norm}. "
+                f"training diverged at step {step}: loss {loss}, gradient norm {norm}. "
                 + (f"The last good checkpoint is step {good[-1]}. " if good else "Nothing was saved. ")
                 + "Try a lower --learning-rate or --clip-norm"
             )
@@ -131,7 +121,7 @@ class TrainingLoop:
 
     def _save(self, result: StepResult) -> None:
         """Save a state whose figures are finite, with its validation loss."""
-        self._read(result)
+        self._read(result.step, result.metrics)
         loss = None if self.validation_loss is None else float(self.validation_loss(result.state.ema_params))
         if loss is not None:
             self.log.write(result.step, {"validation_loss": loss})

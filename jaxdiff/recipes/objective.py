@@ -5,7 +5,7 @@ Each image draws one uniform number a condition: the class alone is dropped with
 with `domain_dropout`, both together with `joint_dropout`. A dropped condition becomes its null token.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,18 @@ from jaxdiff.io.datasets import Batch
 from jaxdiff.io.images import to_float
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.training import LossFn
-from jaxdiff.settings import DiffusionSettings
+from jaxdiff.settings import DiffusionSettings, TrainingSettings
 from jaxdiff.shapes import ImageKeys
 
 
-class ConditionDropout(NamedTuple):
-    """Probabilities in [0, 1] that an image loses its class, its domain, or both."""
-
-    class_dropout: float
-    domain_dropout: float
-    joint_dropout: float
-
-
 def drop_conditions(
-    keys: ImageKeys, condition: Condition, dropout: ConditionDropout, null: tuple[int, int]
+    keys: ImageKeys, condition: Condition, training: TrainingSettings, null: tuple[int, int]
 ) -> Condition:
     """Replace conditions by their null tokens, image by image."""
     draws = jax.vmap(lambda key: jax.random.uniform(key, (3,)))(keys)
-    both = draws[:, 2] < dropout.joint_dropout
-    no_class = both | (draws[:, 0] < dropout.class_dropout)
-    no_domain = both | (draws[:, 1] < dropout.domain_dropout)
+    both = draws[:, 2] < training.joint_dropout
+    no_class = both | (draws[:, 0] < training.class_dropout)
+    no_domain = both | (draws[:, 1] < training.domain_dropout)
     return Condition(
         jnp.where(no_class, null[0], condition.class_labels),
         jnp.where(no_domain, null[1], condition.domain_labels),
@@ -42,14 +34,14 @@ def drop_conditions(
 
 
 def make_diffusion_loss(
-    model: ConditionalModel, settings: DiffusionSettings, dropout: ConditionDropout, train: bool = True
+    model: ConditionalModel, diffusion: DiffusionSettings, training: TrainingSettings, train: bool = True
 ) -> LossFn:
     """Return the loss of a batch of uint8 images.
 
     Args:
       model: network, schedule and null tokens.
-      settings: what is predicted and how it is weighted.
-      dropout: of the conditions.
+      diffusion: what is predicted and how it is weighted.
+      training: for the condition dropout.
       train: whether the network applies its own dropout.
     """
     schedule = model.schedule
@@ -59,12 +51,10 @@ def make_diffusion_loss(
         key_t, key_eps, key_drop, key_net = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_train_timesteps))(key_t)
         eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(key_eps)
-        condition = drop_conditions(key_drop, Condition(batch.labels, batch.domains), dropout, model.null)
+        condition = drop_conditions(key_drop, Condition(batch.labels, batch.domains), training, model.null)
         alpha_t, sigma_t = schedule.alpha_sigma(t)
         x_t = q_sample(x_0, eps, alpha_t, sigma_t)
-        output = model.network.apply(
-            {"params": params}, x_t, t, *condition, train=train, rngs={"dropout": key_net[0]}
-        )
+        output = model.apply(params, x_t, t, condition, train=train, rngs={"dropout": key_net[0]})
         losses = diffusion_loss(
             output,
             x_0,
@@ -72,11 +62,10 @@ def make_diffusion_loss(
             alpha_t,
             sigma_t,
             schedule.logsnr(t),
-            prediction_type=settings.prediction_type,
-            weighting=settings.loss_weighting,
-            gamma=5.0 if settings.min_snr_gamma is None else settings.min_snr_gamma,
+            prediction_type=diffusion.prediction_type,
+            weighting=diffusion.loss_weighting,
+            gamma=5.0 if diffusion.min_snr_gamma is None else diffusion.min_snr_gamma,
         )
         return jnp.mean(losses)
 
     return loss_fn
-

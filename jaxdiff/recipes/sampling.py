@@ -32,7 +32,7 @@ def make_denoiser(model: ConditionalModel, params: Any) -> ConditionalDenoiser:
 
     def denoise(x_t: jax.Array, t: jax.Array, condition: Condition) -> Prediction:
         alpha_t, sigma_t = model.schedule.alpha_sigma(t)
-        output = model.network.apply({"params": params}, x_t, jnp.broadcast_to(t, x_t.shape[:1]), *condition)
+        output = model.apply(params, x_t, jnp.broadcast_to(t, x_t.shape[:1]), condition)
         prediction = to_prediction(output, x_t, alpha_t, sigma_t, model.prediction_type)
         return clip_x_0(prediction, x_t, alpha_t, sigma_t)
 
@@ -58,9 +58,7 @@ def guide_conditions(
     return within_interval(guided, unguided, model.schedule, *settings.guidance_interval)
 
 
-def make_sampler(
-    model: ConditionalModel, settings: SamplingSettings, mesh: Mesh, trajectory: bool = False
-) -> Sampler:
+def make_sampler(model: ConditionalModel, settings: SamplingSettings, mesh: Mesh, trajectory: bool = False) -> Sampler:
     """Return the jitted sampler; with `trajectory` it also returns every x_t and predicted x_0."""
     spaced = timestep_spacing(settings.spacing, settings.num_steps, model.schedule.num_train_timesteps)
     timesteps = with_final(spaced)
@@ -97,7 +95,8 @@ def sample_pixels(
     for start in range(0, len(indices), batch_size):
         chosen = np.arange(start, start + batch_size).clip(max=len(indices) - 1)
         batch = put_batch(
-            (indices[chosen], Condition(condition.class_labels[chosen], condition.domain_labels[chosen])), mesh
+            (indices[chosen], Condition(condition.class_labels[chosen], condition.domain_labels[chosen])),
+            mesh,
         )
         keys = image_keys(jax.random.key(seed), batch[0])
         images = sampler(params, keys, batch[1])

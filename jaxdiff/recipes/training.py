@@ -44,9 +44,7 @@ def create_state(params: Any, optimizer: optax.GradientTransformation, key: PRNG
     """Return the state at step 0, replicated over the mesh."""
 
     def build(params, key):
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params), key
-        )
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params), key)
 
     return jax.jit(build, out_shardings=replicated(mesh))(params, key)
 
@@ -96,7 +94,8 @@ def make_train_step(
             return jax.value_and_grad(loss_fn)(params, batch, keys)
         # Part j takes images j, j+n, j+2n, ..., so that every device keeps the images it already holds.
         parts = jax.tree.map(
-            lambda leaf: jnp.swapaxes(leaf.reshape(-1, accumulation_steps, *leaf.shape[1:]), 0, 1), (batch, keys)
+            lambda leaf: jnp.swapaxes(leaf.reshape(-1, accumulation_steps, *leaf.shape[1:]), 0, 1),
+            (batch, keys),
         )
 
         def add_part(total, part):
@@ -117,9 +116,7 @@ def make_train_step(
         new_state = TrainState(state.step + 1, params, ema_params, opt_state, state.key)
         return new_state, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
 
-    return jax.jit(
-        train_step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh))
-    )
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
 
 
 def image_keys_at(key: PRNGKey, step: jax.Array, batch_size: int) -> ImageKeys:

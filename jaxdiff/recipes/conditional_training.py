@@ -1,0 +1,157 @@
+"""Training a conditional diffusion model from a data set to a parameter average, with everything around it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.io.datasets import Dataset, Splits, batches
+from jaxdiff.io.grids import GridStyle, labelled_grid
+from jaxdiff.io.images import write_png
+from jaxdiff.io.runs import METRICS, MetricsLog, read_lines
+from jaxdiff.mesh import put_batch
+from jaxdiff.recipes.conditional import ConditionalModel, build_conditional_model
+from jaxdiff.recipes.evaluation import draw_samples
+from jaxdiff.recipes.loop import TrainingLoop
+from jaxdiff.recipes.objective import make_diffusion_loss
+from jaxdiff.recipes.sampling import Sampler
+from jaxdiff.recipes.training import (
+    LossFn,
+    TrainState,
+    create_state,
+    image_keys_at,
+    make_optimizer,
+    make_train_step,
+)
+from jaxdiff.settings import DiffusionSettings, TrainingSettings
+
+GRID_COLUMNS = 5
+VALIDATION_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What is built before the first step."""
+
+    model: ConditionalModel
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    loss_fn: LossFn
+    validation_loss_fn: LossFn
+    state: TrainState
+
+
+def build_training(
+    data: Dataset,
+    preset: str,
+    dtype: str,
+    diffusion: DiffusionSettings,
+    training: TrainingSettings,
+    seed: int,
+    mesh: Mesh,
+) -> TrainingParts:
+    """Build model, optimizer, losses and the state at step 0 for the images, classes and domains of `data`."""
+    height, width, channels = data.images.shape[1:]
+    model = build_conditional_model(
+        preset, dtype, diffusion, (height, width, channels), data.class_names, data.domain_names
+    )
+    optimizer, learning_rate = make_optimizer(
+        training.learning_rate,
+        training.warmup_steps,
+        training.train_steps,
+        training.weight_decay,
+        training.clip_norm,
+    )
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    return TrainingParts(
+        model,
+        optimizer,
+        learning_rate,
+        make_diffusion_loss(model, diffusion, training, train=True),
+        make_diffusion_loss(model, diffusion, training, train=False),
+        create_state(model.init(init_key), optimizer, train_key, mesh),
+    )
+
+
+def train(
+    parts: TrainingParts,
+    splits: Splits,
+    training: TrainingSettings,
+    sampler: Sampler,
+    sample_batch_size: int,
+    seed: int,
+    out: Path,
+    mesh: Mesh,
+) -> tuple[Any, dict[str, float]]:
+    """Train from the last good checkpoint, or from step 0, to the end; return EMA parameters and figures."""
+    checkpoints = Checkpoints(out / "checkpoints")
+    state, start = checkpoints.restore(parts.state) or (parts.state, 0)
+    if start:
+        print(f"going on from step {start} of {training.train_steps}")
+    log = MetricsLog(out, start)
+
+    def draw_grid(step: int, ema_params: Any) -> None:
+        images = draw_samples(sampler, parts.model, ema_params, GRID_COLUMNS, seed, sample_batch_size, mesh)
+        write_png(out / "grids" / f"step_{step:07d}.png", side_by_side(parts.model, images, step))
+
+    try:
+        state = TrainingLoop(
+            make_train_step(parts.loss_fn, parts.optimizer, mesh, training.ema_decay, training.accumulation_steps),
+            batches(splits.train, seed, training.batch_size, jax.process_index(), jax.process_count()),
+            training,
+            mesh,
+            checkpoints,
+            log,
+            parts.learning_rate,
+            fixed_validation_loss(parts.validation_loss_fn, splits.held_out, mesh),
+            draw_grid,
+        ).run(state)
+    finally:
+        log.close()
+        checkpoints.close()
+    return state.ema_params, training_figures(out, parts)
+
+
+def fixed_validation_loss(loss_fn: LossFn, held_out: Dataset, mesh: Mesh) -> Callable[[Any], jax.Array]:
+    """Return the jitted loss on the same held-out images, timesteps and noise every time, so that steps compare."""
+    number = max(mesh.size, min(VALIDATION_IMAGES, len(held_out.images)) // mesh.size * mesh.size)
+    batch = put_batch(batches(held_out, 0, number)(0), mesh)
+    keys = image_keys_at(jax.random.key(0), jnp.int32(0), number)
+    return jax.jit(lambda params: loss_fn(params, batch, keys))
+
+
+def side_by_side(model: ConditionalModel, images: np.ndarray, step: int) -> np.ndarray:
+    """Draw a few samples of every class, the domains next to each other."""
+    per_class = images.shape[2]
+    rows = np.concatenate(list(images), axis=1)
+    columns = [str(n + 1) for _ in model.domain_names for n in range(per_class)]
+    return labelled_grid(
+        rows.reshape(-1, *model.image_shape),
+        model.class_names,
+        columns,
+        f"Step {step:,}",
+        row_axis="class",
+        column_axis=", ".join(model.domain_names) + ": noise",
+        style=GridStyle(cell=48),
+    )
+
+
+def training_figures(out: Path, parts: TrainingParts) -> dict[str, float]:
+    """Return what the log says of the training."""
+    lines = read_lines(out / METRICS)
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    checked = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    return {
+        "training.parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.state.params)),
+        "training.images_per_second": float(np.median(rates)),
+        "training.final_loss": losses[-1],
+        "training.final_validation_loss": checked[-1],
+    }

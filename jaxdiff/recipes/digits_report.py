@@ -1,0 +1,209 @@
+"""From samples and figures to the pictures, results.json and report.html of a conditional run."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdiff.io.images import write_png
+from jaxdiff.io.report import Confusion, Curve, Figure, Picture, Report, Section, Table, write_report
+from jaxdiff.io.runs import METRICS, read_json, read_lines, tree_hash, write_results
+from jaxdiff.recipes.conditional import ConditionalModel
+from jaxdiff.recipes.evaluation import (
+    Samples,
+    deliver,
+    domain_grid,
+    draw_samples,
+    judge_figures,
+    judge_samples,
+    reverse_strips,
+)
+from jaxdiff.recipes.judge import Judge, confusion_matrix
+from jaxdiff.recipes.sampling import Sampler
+from jaxdiff.settings import SamplingSettings
+
+
+def percent(share: float) -> str:
+    """Format a share with one decimal."""
+    return f"{100 * share:.1f} %"
+
+
+def judge_section(model: ConditionalModel, samples: Samples, figures: Mapping[str, Any]) -> Section:
+    """Return the judge's table and one confusion matrix a domain."""
+    rows = []
+    for name in ("all classes", *model.class_names):
+        row = [name]
+        for domain in model.domain_names:
+            key = domain if name == "all classes" else f"{domain}.{name}"
+            low, high = (figures[f"judge.sample_accuracy_{end}.{key}"] for end in ("low", "high"))
+            row += [percent(figures[f"judge.sample_accuracy.{key}"]), f"{percent(low)} to {percent(high)}"]
+        rows.append(row)
+    head = ["class"] + [text for domain in model.domain_names for text in (domain, "95 % interval")]
+    wanted = np.broadcast_to(np.arange(len(model.class_names))[:, None], samples.classes.shape[1:])
+    matrices = [
+        Confusion(
+            confusion_matrix(wanted.ravel(), samples.classes[d].ravel(), len(model.class_names)),
+            model.class_names,
+            f"{domain}: class asked for (row) and class recognised (column), samples.",
+        )
+        for d, domain in enumerate(model.domain_names)
+    ]
+    real = ", ".join(
+        f"{percent(figures[f'judge.real_accuracy.{domain}'])} of {figures[f'judge.real_images.{domain}']:,} "
+        f"held-out real {domain} images"
+        for domain in model.domain_names
+    )
+    return Section(
+        "What the judge recognises",
+        [
+            Table(head, rows, "Share of samples recognised as the class asked for; intervals resample noises."),
+            *matrices,
+        ],
+        f"The judge is a classifier trained on the real training images. It recognises {real}. "
+        "Every sample is counted.",
+    )
+
+
+def loss_section(run: Path) -> Section:
+    """Return the loss curve of a run folder."""
+    lines = read_lines(run / METRICS)
+    logged = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    steps, losses = zip(*logged) if logged else ((), ())
+    width = max(1, len(losses) // 20)
+    smooth = [float(np.mean(losses[max(0, i - width + 1) : i + 1])) for i in range(len(losses))]
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+        "training": (steps, losses),
+        "training, smoothed": (steps, smooth),
+    }
+    checked = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    if len(checked) > 1:
+        curves["held out, EMA weights"] = [step for step, _ in checked], [loss for _, loss in checked]
+    curve = Curve(curves, "Loss over training, logarithmic axis.", "step", "loss")
+    return Section("Training", [curve])
+
+
+def headline(model: ConditionalModel, figures: Mapping[str, Any], extra: Sequence[Figure]) -> list[Figure]:
+    """Return the judge's accuracies and other headline numbers."""
+    return [
+        Figure(
+            percent(figures[f"judge.sample_accuracy.{domain}"]),
+            f"of {domain} samples recognised",
+            f"{figures[f'judge.samples.{domain}']:,} samples; judge on real images: "
+            f"{percent(figures[f'judge.real_accuracy.{domain}'])}",
+        )
+        for domain in model.domain_names
+    ] + list(extra)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` needs; the run folder holds the metrics, `out` takes the new files."""
+
+    run: Path
+    out: Path
+    model: ConditionalModel
+    params: Any
+    judge: Judge
+    sampler: Sampler
+    sampling: SamplingSettings
+    seed: int
+    samples_per_class: int
+    deliver: int
+    mesh: Mesh
+
+
+def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, Any], started: float) -> list[Path]:
+    """Sample, judge, draw and write everything down; return the paths written.
+
+    Args:
+      task: model, judge and settings.
+      figures: what is known already, at least the judge's accuracy on real images.
+      config: for the record.
+      started: `time.perf_counter()` when the command began.
+    """
+    model, out = task.model, task.out
+    begun = time.perf_counter()
+    images = draw_samples(
+        task.sampler,
+        model,
+        task.params,
+        task.samples_per_class,
+        task.seed,
+        task.sampling.sample_batch_size,
+        task.mesh,
+    )
+    sampled = time.perf_counter() - begun
+    samples = judge_samples(task.judge, images, task.mesh)
+    grids = [domain_grid(model, images[d], name, task.sampling) for d, name in enumerate(model.domain_names)]
+    strips = reverse_strips(model, task.params, task.sampling, task.seed, task.mesh)
+    paths = []
+    for name, grid, strip in zip(model.domain_names, grids, strips):
+        for kind, picture in (("grid", grid), ("reverse", strip)):
+            paths.append(out / f"{kind}_{name}.png")
+            write_png(paths[-1], picture)
+    if task.deliver:
+        paths += deliver(out / "samples", model, images, task.deliver)
+    figures = {
+        **figures,
+        **judge_figures(model, samples, task.seed),
+        "sampling.images_per_second": images[..., 0, 0, 0].size / sampled,
+        "seconds": time.perf_counter() - started,
+    }
+    for name in model.domain_names:
+        print(
+            f"{name}: {percent(figures[f'judge.sample_accuracy.{name}'])} of {figures[f'judge.samples.{name}']:,} "
+            f"samples recognised (judge on real images: {percent(figures[f'judge.real_accuracy.{name}'])})"
+        )
+    hashes = {"ema_params": tree_hash(task.params), "judge": tree_hash(task.judge.params)}
+    device = f"{task.mesh.size} x {task.mesh.devices.flat[0].device_kind}"
+    results = write_results(out, figures, config, hashes, device)
+    page = write_page(task, samples, figures, grids, strips, read_json(results))
+    return [*paths, results, page]
+
+
+def write_page(
+    task: Evaluation,
+    samples: Samples,
+    figures: Mapping[str, Any],
+    grids: Sequence[np.ndarray],
+    strips: Sequence[np.ndarray],
+    record: Mapping[str, Any],
+) -> Path:
+    """Write report.html; `record` is what results.json says."""
+    model = task.model
+    rates = [
+        ("training.images_per_second", "training images a second"),
+        ("sampling.images_per_second", "samples a second"),
+    ]
+    extra = [Figure(f"{figures[name]:,.0f}", caption) for name, caption in rates if name in figures]
+    pictures = [
+        Picture(grid, f"{domain}: rows are classes, columns are starting noises; the first ten, not chosen.")
+        for domain, grid in zip(model.domain_names, grids)
+    ]
+    processes = [
+        Picture(strip, f"{domain}: the noisy state, and the clean image that the network sees in it.")
+        for domain, strip in zip(model.domain_names, strips)
+    ]
+    facts = {
+        "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
+        "Config": record["config"],
+        "Versions": record["versions"],
+        "Hashes (SHA-256)": record["hashes"],
+    }
+    report = Report(
+        "Digits on request",
+        f"A diffusion model of {' and '.join(model.domain_names)}, conditioned on class and domain.",
+        headline(model, figures, extra),
+        [
+            Section("Samples", pictures),
+            Section("From noise to digit", processes),
+            judge_section(model, samples, figures),
+            loss_section(task.run),
+        ],
+        {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
+    )
+    return write_report(task.out / "report.html", report)
