@@ -30,6 +30,7 @@ class Picture:
 
     pixels: UInt8[np.ndarray, "H W C"]
     caption: str
+    wide: bool = False
 
     @property
     def source(self) -> str:

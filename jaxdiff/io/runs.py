@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from jaxdiff import __version__
 from jaxdiff.errors import InputError
 
 CONFIG = "config.json"
@@ -32,7 +34,7 @@ MADE_BY_TRAINING = (
     RESULTS,
     "report.html",
 )
-PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
 def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = (), start_over: bool = False) -> Path:
@@ -47,20 +49,41 @@ def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = ()
     Raises:
       InputError: the folder cannot be written, or another config started its run.
     """
-    folder = folder.expanduser().resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    folder = make_folder(folder)
     if start_over:
         for name in MADE_BY_TRAINING:
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / name).unlink(missing_ok=True)
     check_config(folder, config, free)
     return folder
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder, prove that it can be written, and return its absolute path.
+
+    Raises:
+      InputError: it is a file, or not writable.
+    """
+    folder = folder.expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    return folder
+
+
+def read_run(folder: Path, config_class: type) -> tuple[Path, Any]:
+    """Return a run folder's absolute path and the config that started the run.
+
+    Raises:
+      InputError: there is no run in the folder.
+    """
+    folder = folder.expanduser().resolve()
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"--run {folder}: no {CONFIG} there; give the --out folder of a train_cfg run")
+    return folder, from_json(config_class, read_json(folder / CONFIG))
 
 
 def as_json(config: Any) -> dict[str, Any]:
@@ -155,7 +178,7 @@ def write_results(
 
 def versions(device: str) -> dict[str, str]:
     """Return the versions of everything that decides a result, and the machine."""
-    found = {name: metadata.version(name) for name in PACKAGES}
+    found = {"jaxdiff": __version__, **{name: metadata.version(name) for name in PACKAGES}}
     return {**found, "python": platform.python_version(), "platform": platform.platform(), "device": device}
 
 

@@ -11,14 +11,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxdiff.errors import InputError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Dataset, Splits, batches
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
-from jaxdiff.io.runs import METRICS, MetricsLog, read_lines
+from jaxdiff.io.runs import METRICS, MetricsLog, read_json, read_lines
 from jaxdiff.mesh import put_batch
+from jaxdiff.models.classifier import ClassifierConfig
 from jaxdiff.recipes.conditional import ConditionalModel, build_conditional_model
 from jaxdiff.recipes.evaluation import draw_samples
+from jaxdiff.recipes.judge import JUDGE, Judge, load_judge
 from jaxdiff.recipes.loop import TrainingLoop
 from jaxdiff.recipes.objective import make_diffusion_loss
 from jaxdiff.recipes.sampling import Sampler
@@ -62,13 +65,7 @@ def build_training(
     model = build_conditional_model(
         preset, dtype, diffusion, (height, width, channels), data.class_names, data.domain_names
     )
-    optimizer, learning_rate = make_optimizer(
-        training.learning_rate,
-        training.warmup_steps,
-        training.train_steps,
-        training.weight_decay,
-        training.clip_norm,
-    )
+    optimizer, learning_rate = optimizer_of(training)
     init_key, train_key = jax.random.split(jax.random.key(seed))
     return TrainingParts(
         model,
@@ -117,6 +114,57 @@ def train(
         log.close()
         checkpoints.close()
     return state.ema_params, training_figures(out, parts)
+
+
+def restore_trained(
+    run: Path,
+    preset: str,
+    dtype: str,
+    diffusion: DiffusionSettings,
+    training: TrainingSettings,
+    which: str,
+    mesh: Mesh,
+) -> tuple[ConditionalModel, Any, Judge, dict[str, float]]:
+    """Return model, EMA parameters, judge and the judge's figures of a finished or interrupted run.
+
+    Args:
+      run: folder of train_cfg.
+      preset: UNet of the run, and so on from its config.
+      dtype: type to compute in.
+      diffusion: schedule and prediction.
+      training: optimizer, whose state is part of a checkpoint.
+      which: "last" or "best" checkpoint.
+      mesh: devices.
+
+    Raises:
+      InputError: the run has no checkpoint yet.
+    """
+    record = read_json(run / JUDGE)
+    class_names, domain_names = tuple(record["class_names"]), tuple(record["domain_names"])
+    height, width, channels = record["image_shape"]
+    shape = height, width, channels
+    model = build_conditional_model(preset, dtype, diffusion, shape, class_names, domain_names)
+    optimizer, _ = optimizer_of(training)
+    like = create_state(model.init(jax.random.key(0)), optimizer, jax.random.key(0), mesh)
+    checkpoints = Checkpoints(run / "checkpoints")
+    restored = checkpoints.restore(like, checkpoints.best_step() if which == "best" else None)
+    checkpoints.close()
+    if restored is None:
+        raise InputError(f"{run}: no checkpoint there yet; run train_cfg first")
+    judge = load_judge(run, ClassifierConfig(len(class_names), len(domain_names)), shape, mesh)
+    print(f"sampling step {restored[1]} of {training.train_steps}")
+    return model, restored[0].ema_params, judge, {"training.step": restored[1], **record["figures"]}
+
+
+def optimizer_of(training: TrainingSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Return the optimizer and learning rate that the settings describe."""
+    return make_optimizer(
+        training.learning_rate,
+        training.warmup_steps,
+        training.train_steps,
+        training.weight_decay,
+        training.clip_norm,
+    )
 
 
 def fixed_validation_loss(loss_fn: LossFn, held_out: Dataset, mesh: Mesh) -> Callable[[Any], jax.Array]:

@@ -185,7 +185,7 @@ def write_page(
         for domain, grid in zip(model.domain_names, grids)
     ]
     processes = [
-        Picture(strip, f"{domain}: the noisy state, and the clean image that the network sees in it.")
+        Picture(strip, f"{domain}: the noisy state, and the clean image that the network sees in it.", wide=True)
         for domain, strip in zip(model.domain_names, strips)
     ]
     facts = {

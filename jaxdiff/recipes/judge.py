@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt8
 from tqdm import tqdm
 
+from jaxdiff.errors import InputError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Batch, Dataset, Splits, batches
 from jaxdiff.io.images import to_float
 from jaxdiff.io.runs import write_json
 from jaxdiff.mesh import put_batch
 from jaxdiff.models.classifier import Classifier, ClassifierConfig
-from jaxdiff.recipes.training import LossFn, create_state, fit, make_optimizer, make_train_step
+from jaxdiff.recipes.training import LossFn, TrainState, create_state, fit, make_optimizer, make_train_step
 from jaxdiff.shapes import ImageKeys
 
 JUDGE = "judge.json"
@@ -58,17 +59,14 @@ def make_judge_loss(model: Classifier) -> LossFn:
 def train_judge(train: Dataset, num_steps: int, batch_size: int, seed: int, mesh: Mesh, directory: Path) -> Judge:
     """Train a judge on the training images, or load the finished one from `directory`."""
     config = ClassifierConfig(len(train.class_names), len(train.domain_names))
-    model = Classifier(config)
-    key = jax.random.key(seed)
-    params = model.init(key, jnp.zeros((1, *train.images.shape[1:])))["params"]
-    optimizer, _ = make_optimizer(2e-3, num_steps // 20, num_steps, weight_decay=0.02, clip_norm=1.0)
-    state = create_state(params, optimizer, key, mesh)
+    height, width, channels = train.images.shape[1:]
+    optimizer, state = initial_judge(config, (height, width, channels), num_steps, seed, mesh)
     checkpoints = Checkpoints(directory, keep_last=1)
     restored = checkpoints.restore(state)
     if restored is not None and restored[1] == num_steps:
         state = restored[0]
     else:
-        step = make_train_step(make_judge_loss(model), optimizer, mesh, ema_decay=0.99)
+        step = make_train_step(make_judge_loss(Classifier(config)), optimizer, mesh, ema_decay=0.99)
         results = fit(state, step, batches(train, seed, batch_size), num_steps, mesh)
         for result in tqdm(results, total=num_steps, desc="judge", unit="step", dynamic_ncols=True):
             state = result.state
@@ -93,8 +91,35 @@ def prepare_judge(splits: Splits, num_steps: int, seed: int, mesh: Mesh, run: Pa
             f"judge: {100 * figures[f'judge.real_accuracy.{domain}']:.1f} % of {here.sum():,} held-out real "
             f"{domain} images recognised"
         )
-    write_json(run / JUDGE, figures)
+    height, width, channels = held_out.images.shape[1:]
+    names = {"class_names": held_out.class_names, "domain_names": held_out.domain_names}
+    write_json(run / JUDGE, {**names, "image_shape": [height, width, channels], "figures": figures})
     return judge, figures
+
+
+def load_judge(run: Path, config: ClassifierConfig, image_shape: tuple[int, int, int], mesh: Mesh) -> Judge:
+    """Load the finished judge of a run.
+
+    Raises:
+      InputError: the run stopped before its judge was trained.
+    """
+    _, state = initial_judge(config, image_shape, 1, 0, mesh)
+    checkpoints = Checkpoints(run / "judge", keep_last=1)
+    restored = checkpoints.restore(state)
+    checkpoints.close()
+    if restored is None:
+        raise InputError(f"{run}: its judge was never trained; run train_cfg to the end first")
+    return Judge(config, restored[0].ema_params)
+
+
+def initial_judge(
+    config: ClassifierConfig, image_shape: tuple[int, int, int], num_steps: int, seed: int, mesh: Mesh
+) -> tuple[optax.GradientTransformation, TrainState]:
+    """Return a judge's optimizer and its state at step 0."""
+    key = jax.random.key(seed)
+    params = Classifier(config).init(key, jnp.zeros((1, *image_shape)))["params"]
+    optimizer, _ = make_optimizer(2e-3, num_steps // 20, num_steps, weight_decay=0.02, clip_norm=1.0)
+    return optimizer, create_state(params, optimizer, key, mesh)
 
 
 def recognise(judge: Judge, images: UInt8[np.ndarray, "N H W C"], mesh: Mesh) -> Verdict:
