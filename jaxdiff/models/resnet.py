@@ -11,12 +11,18 @@ from jaxdiff.shapes import Images
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice around a shortcut; the embedding is added between the two halves."""
+    """GroupNorm-SiLU-conv twice around a shortcut; the embedding enters between the two halves.
+
+    Attributes:
+      scale_shift: the embedding scales and shifts the second norm (arXiv 2105.05233, "adaptive group
+        normalization") instead of being added before it.
+    """
 
     features: int
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     dropout: float = 0.0
+    scale_shift: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -25,16 +31,20 @@ class ResnetBlock(nn.Module):
     ) -> Float[Array, "B H W D"]:
         """Return features of the same height and width with `features` channels."""
 
-        def norm(name: str) -> GroupNorm:
+        def norm(name: str, activation: str | None = "silu") -> GroupNorm:
             return GroupNorm(
-                self.norm_num_groups, epsilon=self.norm_eps, activation="silu", dtype=self.dtype, name=name
+                self.norm_num_groups, epsilon=self.norm_eps, activation=activation, dtype=self.dtype, name=name
             )
 
         hidden = Conv(self.features, dtype=self.dtype, name="conv1")(norm("norm1")(x))
         if embedding is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(embedding))
-            hidden = hidden + shift[:, None, None, :]
-        hidden = norm("norm2")(hidden)
+            width = 2 * self.features if self.scale_shift else self.features
+            projected = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(nn.silu(embedding))[:, None, None, :]
+        if embedding is not None and self.scale_shift:
+            scale, shift = jnp.split(projected, 2, axis=-1)
+            hidden = nn.silu(norm("norm2", activation=None)(hidden) * (1 + scale) + shift)
+        else:
+            hidden = norm("norm2")(hidden if embedding is None else hidden + projected)
         hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
         hidden = Conv(self.features, dtype=self.dtype, name="conv2")(hidden)
         if x.shape[-1] != self.features:

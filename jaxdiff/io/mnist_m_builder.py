@@ -1,0 +1,58 @@
+"""The `mnist_m` builder of TensorFlow Datasets, prepared without TensorFlow into array_record files.
+
+    python scripts/make_mnist_m.py --mnist DIR --photos DIR --format tfds
+
+MNIST's idx files and the photographs (BSDS500's 200 training pictures in the paper) are read from folders that you
+have; nothing is downloaded. Afterwards `--data tfds:mnist_m` finds the data set.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxdiff.io.mnist_m import make_mnist_m, read_mnist, read_photos
+
+SEEDS = {"train": 0, "test": 1}
+
+
+class MnistM(tfds.core.GeneratorBasedBuilder):
+    """MNIST-M (arXiv 1505.07818): MNIST digits blended into photographs, 28x28 RGB, 60,000 + 10,000."""
+
+    name = "mnist_m"
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "From idx files and a folder of photographs."}
+
+    def __init__(self, *, mnist: Path | None = None, photos: Path | None = None, **options: Any):
+        """Take the folders to prepare from; they are not needed to read what is prepared."""
+        self._mnist, self._photos = mnist, photos
+        super().__init__(file_format="array_record", **options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(28, 28, 3), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://arxiv.org/abs/1505.07818",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        del dl_manager
+        if self._mnist is None or self._photos is None:
+            raise ValueError("mnist_m is prepared from folders: give mnist= and photos=")
+        return {split: self._generate_examples(split) for split in SEEDS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        digits, labels = read_mnist(Path(self._mnist), split)
+        images = make_mnist_m(digits, read_photos(Path(self._photos), digits.shape[1]), SEEDS[split])
+        for number, (image, label) in enumerate(zip(images, labels)):
+            # As a PIL image, because tfds encodes NumPy arrays with TensorFlow.
+            yield number, {"image": Image.fromarray(image), "label": int(label)}
