@@ -8,12 +8,13 @@ with --format tfds, prepares the mnist_m builder that `--data tfds:mnist_m` read
 
 import csv
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from jaxdiff.command import run_command
-from jaxdiff.settings import require
+from jaxdiff.settings import require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Config:
     format: Literal["folders", "tfds"] = "folders"
     """PNG files with csv tables, or array_record files of the mnist_m builder (needs the tfds extra)."""
     seed: int = 0
-    """Seed of the crops; the test split uses the next one. Only for folders: the builder's is fixed."""
+    """Seed of the crops; the test split uses the next one. Only for folders: the builder's is fixed at 0."""
 
     def __post_init__(self):
+        require_at_least("seed", self.seed, 0)
         require(self.format == "folders" or self.seed == 0, "--seed has no effect with --format tfds: drop it")
 
 
@@ -42,19 +44,22 @@ def run(config: Config) -> list[Path]:
 
 def write_folders(config: Config) -> list[Path]:
     """Write PNG files and one csv a split."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+
     from jaxdiff.io.images import write_png
-    from jaxdiff.io.mnist_m import make_mnist_m, read_mnist, read_photos
+    from jaxdiff.io.mnist_m import IDX_FILES, make_split
 
     folder = (config.out or Path("data")) / "mnistm"
-    tables = []
-    start = 0
-    for number, split in enumerate(("train", "test")):
-        digits, labels = read_mnist(config.mnist, split)
-        images = make_mnist_m(digits, read_photos(config.photos, digits.shape[1]), config.seed + number)
-        names = [f"{start + i:05d}.png" for i in range(len(images))]
+    tables, start = [], 0
+    for split in IDX_FILES:
+        images, labels = make_split(config.mnist, config.photos, split, config.seed)
+        names = [f"{number:05d}.png" for number in range(start, start + len(images))]
         start += len(images)
-        for name, image in zip(names, images):
-            write_png(folder / "data" / name, image)
+        with ThreadPoolExecutor() as pool:
+            written = pool.map(write_png, (folder / "data" / name for name in names), images)
+            list(tqdm(written, split, len(images), unit="image"))
         tables.append(folder / f"{split}.csv")
         with tables[-1].open("w", newline="") as file:
             rows = csv.writer(file)
@@ -76,5 +81,10 @@ def prepare_builder(config: Config) -> list[Path]:
     return [Path(builder.data_path)]
 
 
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command("make_mnist_m", Config, run, args)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("make_mnist_m", Config, run))
+    sys.exit(main())

@@ -23,6 +23,7 @@ from jaxdiff.errors import InputError
 
 DIGESTS = "digests.json"
 METRIC = "validation_loss"
+DAMAGED = "damaged-"
 
 
 class Checkpoints:
@@ -35,6 +36,10 @@ class Checkpoints:
         self._undigested: int | None = None
         # Orbax and absl announce routine work as warnings; their errors still come through as exceptions.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        # Before Orbax opens the folder, because it reads some of the files and fails on damaged ones.
+        for folder in sorted(self.directory.glob("[0-9]*")):
+            if folder.name.isdecimal() and (fault := find_damage(folder)):
+                self._set_aside(int(folder.name), fault)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -94,30 +99,25 @@ class Checkpoints:
         self._manager.close()
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, int] | None:
-        """Return the newest good state and its step, or None where there is no checkpoint at all.
-
-        A damaged checkpoint is reported, moved to `damaged-STEP`, and the next older one is tried.
+        """Return the newest good state and its step, or None where nothing was ever saved.
 
         Args:
           like: a state of the same structure, shapes, dtypes and sharding.
           step: only this one.
 
         Raises:
-          InputError: there are checkpoints, but none of them is good.
+          InputError: something was saved, but nothing good is left.
         """
-        steps = self.steps() if step is None else [step]
-        for candidate in reversed(steps):
-            fault = find_damage(self.directory / str(candidate))
-            if fault is None:
-                try:
-                    return self._read(candidate, like), candidate
-                except Exception as error:  # Orbax raises many types for files that do not fit
-                    fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            self.report(f"checkpoint {candidate} is damaged ({fault}); trying the one before it")
-            self._set_aside(candidate)
-        if steps:
+        for candidate in reversed(self.steps() if step is None else [step]):
+            try:
+                return self._read(candidate, like), candidate
+            except Exception as error:  # Orbax raises many types for files that do not fit
+                self._manager.close()
+                self._set_aside(candidate, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                self._manager = self._open()
+        if any(self.directory.glob(f"{DAMAGED}*")):
             raise InputError(
-                f"{self.directory}: every checkpoint is damaged; they were kept as damaged-STEP. "
+                f"{self.directory}: every checkpoint is damaged; they were kept as {DAMAGED}STEP. "
                 "Train again with --resume never"
             )
         return None
@@ -133,13 +133,13 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return restored["state"]
 
-    def _set_aside(self, step: int) -> None:
-        self._manager.close()
+    def _set_aside(self, step: int, fault: str) -> None:
+        """Move a damaged checkpoint out of the way, so that the one before it is used, and say so."""
+        self.report(f"checkpoint {step} is damaged ({fault}); it was set aside, the one before it is used")
         if jax.process_index() == 0:
-            target = self.directory / f"damaged-{step}"
+            target = self.directory / f"{DAMAGED}{step}"
             shutil.rmtree(target, ignore_errors=True)
             os.replace(self.directory / str(step), target)
-        self._manager = self._open()
 
 
 def write_digests(folder: Path) -> None:

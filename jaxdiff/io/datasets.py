@@ -2,18 +2,18 @@
 
 digits               embedded, no download                                     (digits.py)
 PATH                 {domain}/train.csv + {domain}/data/*.png, or
-                     {domain}/{label}/*.png                                    (folders.py)
+                     {domain}/{label}/*.png; a domain each                     (folders.py)
 tfds:NAME[,NAME...]  prepared TensorFlow Datasets builders, a domain each      (tfds_source.py)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Bool, Int, Shaped, UInt8
 
 from jaxdiff.errors import InputError
 
@@ -60,12 +60,13 @@ class Batch(NamedTuple):
     domains: Any
 
 
-def load_data(source: str, image_size: int | None = None) -> Splits:
+def load_data(source: str, image_size: int | None = None, workers: int | None = None) -> Splits:
     """Load a data set by its name, folder or TFDS name.
 
     Args:
       source: as in the table above.
       image_size: height and width in pixels to resize to; None keeps the data's own.
+      workers: decoding threads; None means a few more than there are cores.
 
     Raises:
       InputError: nothing usable there; the message names the file and the rule.
@@ -80,11 +81,11 @@ def load_data(source: str, image_size: int | None = None) -> Splits:
     if source.startswith("tfds:"):
         from jaxdiff.io.tfds_source import load_tfds
 
-        splits = load_tfds(source.removeprefix("tfds:").split(","), image_size)
+        splits = load_tfds(source.removeprefix("tfds:").split(","), image_size, workers)
     else:
         from jaxdiff.io.folders import load_folder
 
-        splits = load_folder(Path(source), image_size)
+        splits = load_folder(Path(source), image_size, workers)
     check_splits(source, splits)
     return splits
 
@@ -100,27 +101,55 @@ def resize(splits: Splits, image_size: int) -> Splits:
 
 
 def check_splits(source: str, splits: Splits) -> None:
-    """Raise InputError unless both parts hold pictures and few enough were unreadable."""
+    """Raise InputError unless few pictures were unreadable and every domain and class can be trained and judged."""
     kept = len(splits.train.images) + len(splits.held_out.images)
     if len(splits.skipped) > MAX_SKIPPED_SHARE * (kept + len(splits.skipped)):
         raise InputError(
-            f"{source}: {len(splits.skipped)} of {kept + len(splits.skipped)} pictures cannot be read, more than "
-            f"{MAX_SKIPPED_SHARE:.0%}; the first is {splits.skipped[0]}"
+            f"--data {source}: {len(splits.skipped)} of {kept + len(splits.skipped)} pictures cannot be read, more "
+            f"than {MAX_SKIPPED_SHARE:.0%}; the first is {splits.skipped[0]}"
         )
     for part, dataset in (("training", splits.train), ("held-out", splits.held_out)):
         if not len(dataset.images):
-            raise InputError(f"{source}: no {part} pictures; each class needs at least two")
+            raise InputError(f"--data {source}: no {part} pictures; each class needs at least two")
+        for domain, count in zip(dataset.domain_names, dataset.counts().sum(1)):
+            if not count:
+                raise InputError(
+                    f"--data {source}: no {part} pictures of domain {domain}; each class needs at least two"
+                )
+    untrained = np.flatnonzero(splits.train.counts().sum(0) == 0)
+    if len(untrained):
+        raise InputError(f"--data {source}: no training pictures of class {splits.train.class_names[untrained[0]]}")
 
 
-def split_off(dataset: Dataset, share: float = HELD_OUT_SHARE) -> tuple[Dataset, Dataset]:
-    """Split each class of each domain in the same proportion; the same data always split the same way."""
-    order = np.random.default_rng(0).permutation(len(dataset.images))
-    group = dataset.domains[order] * len(dataset.class_names) + dataset.labels[order]
-    held_out = np.zeros(len(order), bool)
+def choose_held_out(dataset: Dataset, share: float = HELD_OUT_SHARE) -> Bool[np.ndarray, "N"]:
+    """Choose the same share of each class of each domain, at least one picture of two; classes do not affect others."""
+    group = dataset.domains * len(dataset.class_names) + dataset.labels
+    chosen = np.zeros(len(group), bool)
     for value in np.unique(group):
-        members = order[group == value]
-        held_out[members[: max(1, round(len(members) * share)) if len(members) > 1 else 0]] = True
-    return dataset.subset(~held_out), dataset.subset(held_out)
+        members = np.random.default_rng(0).permutation(np.flatnonzero(group == value))
+        chosen[members[: max(1, round(len(members) * share)) if len(members) > 1 else 0]] = True
+    return chosen
+
+
+def join(parts: Sequence[Dataset]) -> Dataset:
+    """Join parts of one data set, which have the same names."""
+    images, labels, domains = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "domains")
+    )
+    return replace(parts[0], images=images, labels=labels, domains=domains)
+
+
+def check_data(splits: Splits) -> dict[str, Any]:
+    """Return the data check as plain values: image size, pictures per domain and class, files left out."""
+    height, width, channels = splits.train.images.shape[1:]
+    counts = {
+        part: {
+            domain: dict(zip(dataset.class_names, row.tolist()))
+            for domain, row in zip(dataset.domain_names, dataset.counts())
+        }
+        for part, dataset in (("train", splits.train), ("held_out", splits.held_out))
+    }
+    return {"height": height, "width": width, "channels": channels, **counts, "skipped": list(splits.skipped)}
 
 
 def describe(splits: Splits) -> str:
@@ -129,8 +158,8 @@ def describe(splits: Splits) -> str:
     lines = [f"images {height}x{width}x{channels}"]
     for part, dataset in (("train", splits.train), ("held out", splits.held_out)):
         for name, row in zip(dataset.domain_names, dataset.counts()):
-            spread = f"{row.min()} to {row.max()} a class" if len(row) > 1 else ""
-            lines.append(f"  {part:<9} {name:<16} {row.sum():>7,} pictures, {spread}")
+            spread = f", {row.min():,} to {row.max():,} a class" if len(row) > 1 else ""
+            lines.append(f"  {part:<9} {name:<16} {row.sum():>7,} pictures{spread}")
             missing = [dataset.class_names[i] for i in np.flatnonzero(row == 0)]
             if missing:
                 lines.append(f"            no pictures of class {', '.join(missing[:10])}")
@@ -152,7 +181,12 @@ def batches(
       batch_size: over all processes.
       process_index: which equal slice of each batch is returned.
       process_count: number of slices.
+
+    Raises:
+      InputError: the batch cannot be cut into equal slices.
     """
+    if batch_size % process_count:
+        raise InputError(f"a batch of {batch_size} cannot be divided equally by {process_count} processes")
     order = grain.MapDataset.range(len(dataset.images)).seed(seed).shuffle().repeat()
     part = batch_size // process_count
 

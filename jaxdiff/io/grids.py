@@ -12,13 +12,18 @@ INK, FAINT = (28, 32, 38), (104, 112, 122)
 
 @dataclass(frozen=True)
 class GridStyle:
-    """Sizes in pixels."""
+    """Sizes in pixels, for pictures up to `cell`; larger ones get larger text and gaps, by at most 1.6."""
 
     cell: int = 64
     gap: int = 4
     margin: int = 20
     text: int = 17
     title: int = 22
+
+    def enlarged(self, side: int) -> "GridStyle":
+        """Return the sizes that suit cells of `side` pixels."""
+        ratio = min(max(side / self.cell, 1.0), 1.6)
+        return GridStyle(side, *(round(ratio * size) for size in (self.gap, self.margin, self.text, self.title)))
 
 
 def labelled_grid(
@@ -42,43 +47,49 @@ def labelled_grid(
       style: sizes.
 
     Raises:
-      ValueError: the number of images is not rows times columns.
+      ValueError: there is nothing to draw, or the number of images is not rows times columns.
     """
     rows, columns = len(row_labels), len(column_labels)
-    if len(images) != rows * columns:
+    if len(images) != rows * columns or not len(images):
         raise ValueError(f"{rows} rows and {columns} columns need {rows * columns} images, got {len(images)}")
     factor = max(1, style.cell // max(images.shape[1:3]))
     pictures = np.repeat(np.repeat(images, factor, axis=1), factor, axis=2)
     if pictures.shape[-1] == 1:
         pictures = np.repeat(pictures, 3, axis=-1)
     height, width = pictures.shape[1:3]
+    style = style.enlarged(max(height, width))
     font, bold = ImageFont.load_default(style.text), ImageFont.load_default(style.title)
-    names = [_shorten(name, font, 200) for name in row_labels]
-    axis_width = style.text + 10 if row_axis else 0
-    left = style.margin + axis_width + int(max(font.getlength(name) for name in names)) + 10
-    top = style.margin + style.title + 14 + (style.text + 8 if column_axis else 0) + style.text + 8
+    pad = style.text // 2
+    names = [_shorten(name, font, 12 * style.text) for name in row_labels]
+    left = style.margin + (style.text + pad if row_axis else 0) + int(max(map(font.getlength, names))) + pad
+    top = style.margin + style.title + (style.text + pad) * (2 if column_axis else 1) + 2 * pad
     step_x, step_y = width + style.gap, height + style.gap
-    total_width = max(left + columns * step_x - style.gap, style.margin + int(bold.getlength(title))) + style.margin
-    canvas = Image.new("RGB", (total_width, top + rows * step_y - style.gap + style.margin), "white")
+    wide, high = columns * step_x - style.gap, rows * step_y - style.gap
+    # The axis name stands over the middle of the columns, but never runs out of the picture at the left.
+    centre = max(left + wide / 2, style.margin + font.getlength(column_axis) / 2)
+    ends = left + wide, style.margin + bold.getlength(title), centre + font.getlength(column_axis) / 2
+    canvas = Image.new("RGB", (int(max(ends)) + style.margin, top + high + style.margin), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((style.margin, style.margin), title, INK, bold)
-    centre = left + (columns * step_x - style.gap) / 2
-    pen.text((centre, top - style.text - 16), column_axis, FAINT, font, anchor="mb")
+    # Anchors end in "s" (baseline), so that names with and without descenders stand on one line.
+    pen.text((style.margin, style.margin + style.title), title, INK, bold, anchor="ls")
+    pen.text((centre, top - style.text - 2 * pad), column_axis, FAINT, font, anchor="ms")
     for j, name in enumerate(column_labels):
-        pen.text((left + j * step_x + width / 2, top - 8), _shorten(name, font, step_x), INK, font, anchor="mb")
+        name = _shorten(name, font, step_x)
+        pen.text((left + j * step_x + width / 2, top - pad), name, INK, font, anchor="ms")
     for i, name in enumerate(names):
-        pen.text((left - 10, top + i * step_y + height / 2), name, INK, font, anchor="rm")
+        pen.text((left - pad, top + i * step_y + height / 2), name, INK, font, anchor="rm")
     if row_axis:
-        upright = Image.new("RGB", (rows * step_y - style.gap, style.text + 6), "white")
-        ImageDraw.Draw(upright).text((upright.width / 2, upright.height / 2), row_axis, FAINT, font, anchor="mm")
-        canvas.paste(upright.rotate(90, expand=True), (style.margin - 4, top))
+        upright = Image.new("RGB", (high, style.text + pad), "white")
+        name = _shorten(row_axis, font, high)
+        ImageDraw.Draw(upright).text((high / 2, upright.height / 2), name, FAINT, font, anchor="mm")
+        canvas.paste(upright.rotate(90, expand=True), (style.margin - pad // 2, top))
     for number, picture in enumerate(pictures):
         i, j = divmod(number, columns)
         canvas.paste(Image.fromarray(picture), (left + j * step_x, top + i * step_y))
     return np.asarray(canvas)
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Cut a text with an ellipsis so that it fits the width."""
     if font.getlength(text) <= width:
         return text

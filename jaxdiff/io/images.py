@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Num, UInt8
@@ -9,6 +10,9 @@ from PIL import Image
 
 MAX_PIXELS = 16_000_000
 """Pictures with more pixels than this are refused before they are decoded (decompression bombs)."""
+
+# `read_image` refuses such a picture itself. Set once: warnings.catch_warnings is not safe in threads.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def to_float(pixels):
@@ -22,22 +26,23 @@ def to_uint8(images: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     return np.rint(scaled).astype(np.uint8)
 
 
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(file: Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """Decode one picture as RGB.
 
     Raises:
-      OSError: the file is missing, truncated, no picture, or larger than `max_pixels`.
+      OSError: the file (not named in the message) is missing, truncated, no picture, of more than 8 bits a channel, or larger than `max_pixels`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise OSError(f"{path}: {width}x{height} pixels, more than the {max_pixels} allowed")
-                return np.asarray(image.convert("RGB"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError, ValueError) as error:
-        raise OSError(f"{path}: not a readable picture ({error})") from error
+        with Image.open(file) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise OSError(f"{width}x{height} pixels, more than the {max_pixels:,} allowed")
+            if image.mode[0] in "IF":
+                # Pillow would clip instead of scale.
+                raise OSError("more than 8 bits a channel")
+            return np.asarray(image.convert("RGB"))
+    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise OSError(f"not a readable picture ({error})") from error
 
 
 def write_png(path: Path, pixels: UInt8[np.ndarray, "H W C"]) -> None:

@@ -6,7 +6,9 @@ A crop is a random patch of a photograph; the paper takes them from BSDS500.
 """
 
 import gzip
+import math
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +35,11 @@ def random_crops(
     crops = np.empty((number, size, size, 3), np.uint8)
     chosen = rng.integers(0, len(photos), number)
     places = rng.random((number, 2))
-    for i, (which, (y, x)) in enumerate(zip(chosen, places)):
-        photo = photos[which]
-        top, left = int(y * (photo.shape[0] - size + 1)), int(x * (photo.shape[1] - size + 1))
-        crops[i] = photo[top : top + size, left : left + size]
+    for which in np.unique(chosen):
+        rows = chosen == which
+        patches = np.lib.stride_tricks.sliding_window_view(photos[which], (size, size), axis=(0, 1))
+        top, left = (places[rows] * patches.shape[:2]).astype(int).T
+        crops[rows] = patches[top, left].transpose(0, 2, 3, 1)
     return crops
 
 
@@ -46,6 +49,18 @@ def make_mnist_m(
     """Blend every digit into a crop of its own; the same seed gives the same pictures."""
     crops = random_crops(photos, len(digits), digits.shape[1], np.random.default_rng(seed))
     return blend(crops, digits > 0)
+
+
+def make_split(
+    mnist: Path, photos: Path, split: str, seed: int = 0
+) -> tuple[UInt8[np.ndarray, "N H W 3"], Int[np.ndarray, "N"]]:
+    """Make the pictures and labels of one split, "train" or "test", from MNIST's files and a folder of photographs.
+
+    Each split has crops of its own: "train" draws them with `seed`, "test" with the next one.
+    """
+    digits, labels = read_mnist(mnist, split)
+    images = make_mnist_m(digits, read_photos(photos, digits.shape[1]), seed + list(IDX_FILES).index(split))
+    return images, labels
 
 
 def read_idx(path: Path) -> UInt8[np.ndarray, "*shape"]:
@@ -58,9 +73,9 @@ def read_idx(path: Path) -> UInt8[np.ndarray, "*shape"]:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zeros, kind, rank = struct.unpack(">HBB", data[:4])
         shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise InputError(f"{path}: not a readable idx file ({error})") from error
-    if zeros != 0 or kind != 8 or len(data) != 4 + 4 * rank + int(np.prod(shape)):
+    if zeros != 0 or kind != 8 or len(data) != 4 + 4 * rank + math.prod(shape):
         raise InputError(f"{path}: not an idx file of bytes, or cut short")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
@@ -73,20 +88,30 @@ def read_mnist(folder: Path, split: str) -> tuple[UInt8[np.ndarray, "N H W"], In
         if not found:
             raise InputError(f"{folder}: no {name} or {name}.gz there; it should hold MNIST's four idx files")
         paths.append(found[0])
-    return read_idx(paths[0]), read_idx(paths[1]).astype(np.int32)
+    digits, labels = (read_idx(path) for path in paths)
+    if digits.ndim != 3 or labels.shape != digits.shape[:1]:
+        raise InputError(f"{folder}: {split} digits of shape {digits.shape} do not fit labels of shape {labels.shape}")
+    if labels.max(initial=0) > 9:
+        raise InputError(f"{paths[1]}: label {labels.max()} is not a digit 0..9")
+    return digits, labels.astype(np.int32)
 
 
 def read_photos(folder: Path, smallest: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
     """Read every photograph below a folder, in order of name.
 
     Raises:
-      InputError: there is none, or one is smaller than `smallest` pixels on a side.
+      InputError: there is none, or one cannot be read or is smaller than `smallest` pixels on a side.
     """
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"})
     if not paths:
         raise InputError(f"{folder}: no .jpg or .png photographs there")
-    photos = [read_image(path) for path in paths]
-    for path, photo in zip(paths, photos):
+    photos = []
+    for path in paths:
+        try:
+            photo = read_image(path)
+        except OSError as error:
+            raise InputError(f"{path}: this photograph cannot be read: {error}") from error
         if min(photo.shape[:2]) < smallest:
             raise InputError(f"{path}: {photo.shape[1]}x{photo.shape[0]} pixels, smaller than a {smallest} pixel crop")
+        photos.append(photo)
     return photos

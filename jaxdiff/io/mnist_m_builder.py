@@ -3,7 +3,8 @@
     python scripts/make_mnist_m.py --mnist DIR --photos DIR --format tfds
 
 MNIST's idx files and the photographs (BSDS500's 200 training pictures in the paper) are read from folders that you
-have; nothing is downloaded. Afterwards `--data tfds:mnist_m` finds the data set.
+have, given as above or as `mnist` and `photos` inside TFDS's manual_dir; nothing is downloaded. Afterwards
+`--data tfds:mnist_m` finds the data set.
 """
 
 from collections.abc import Iterator
@@ -13,9 +14,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxdiff.io.mnist_m import make_mnist_m, read_mnist, read_photos
-
-SEEDS = {"train": 0, "test": 1}
+from jaxdiff.io.mnist_m import IDX_FILES, make_split
 
 
 class MnistM(tfds.core.GeneratorBasedBuilder):
@@ -24,11 +23,15 @@ class MnistM(tfds.core.GeneratorBasedBuilder):
     name = "mnist_m"
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "From idx files and a folder of photographs."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "manual_dir must hold `mnist`, MNIST's four idx files, gzipped or not, and `photos`, a folder of photographs "
+        "(BSDS500's training pictures)."
+    )
 
     def __init__(self, *, mnist: Path | None = None, photos: Path | None = None, **options: Any):
         """Take the folders to prepare from; they are not needed to read what is prepared."""
         self._mnist, self._photos = mnist, photos
-        super().__init__(file_format="array_record", **options)
+        super().__init__(**{"file_format": "array_record", **options})
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -45,14 +48,11 @@ class MnistM(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        del dl_manager
-        if self._mnist is None or self._photos is None:
-            raise ValueError("mnist_m is prepared from folders: give mnist= and photos=")
-        return {split: self._generate_examples(split) for split in SEEDS}
+        mnist = Path(self._mnist or dl_manager.manual_dir / "mnist")
+        photos = Path(self._photos or dl_manager.manual_dir / "photos")
+        return {split: self._generate_examples(split, mnist, photos) for split in IDX_FILES}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        digits, labels = read_mnist(Path(self._mnist), split)
-        images = make_mnist_m(digits, read_photos(Path(self._photos), digits.shape[1]), SEEDS[split])
-        for number, (image, label) in enumerate(zip(images, labels)):
+    def _generate_examples(self, split: str, mnist: Path, photos: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, (image, label) in enumerate(zip(*make_split(mnist, photos, split))):
             # As a PIL image, because tfds encodes NumPy arrays with TensorFlow.
             yield number, {"image": Image.fromarray(image), "label": int(label)}

@@ -1,9 +1,7 @@
 """A report: one HTML page with everything in it, readable offline, on a phone, on paper and in the dark."""
 
 import base64
-import html
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +11,8 @@ from jaxtyping import Int, UInt8
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from PIL import Image
+
+from jaxdiff.io.charts import NARROW, WIDE, Line, draw_lines
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its caption; `pixels` are embedded as PNG."""
+    """A picture with its caption; `pixels` are embedded as PNG. A wide one takes a row, and scrolls on a phone."""
 
     pixels: UInt8[np.ndarray, "H W C"]
     caption: str
@@ -36,7 +36,8 @@ class Picture:
     def source(self) -> str:
         """The picture as a data URL."""
         buffer = BytesIO()
-        Image.fromarray(self.pixels).save(buffer, "PNG", optimize=True)
+        pixels = self.pixels.squeeze(-1) if self.pixels.shape[-1] == 1 else self.pixels
+        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -58,23 +59,62 @@ class Confusion:
     caption: str
 
     def shade(self, row: int, column: int) -> str:
-        """Share of the row in a cell, as the opacity of its ground."""
-        return f"{self.counts[row, column] / max(1, self.counts[row].sum()):.3f}"
+        """Strength of a cell's colour in [0, 1]: the square root of its share of the row, so that rare errors show."""
+        return f"{(self.counts[row, column] / max(1, self.counts[row].sum())) ** 0.5:.3f}"
+
+    @property
+    def upright(self) -> bool:
+        """Whether the names over the columns must stand upright to fit."""
+        return max(len(name) for name in self.names) > 4
+
+    @property
+    def wide(self) -> bool:
+        """Whether the matrix needs a row of its own."""
+        return len(self.names) > 12
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One or more lines over steps; values are drawn on a logarithmic axis."""
+    """One or more lines over steps, by name.
 
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]]
+    Attributes:
+      lines: x and y of each line.
+      caption: one sentence under the chart.
+      x_axis: what x is.
+      y_axis: what y is.
+      logarithmic: draw y on a logarithmic axis, which leaves out what is not above 0.
+      raw_first: of several lines, the first is noisy data that the second smooths: drawn faint behind it.
+    """
+
+    lines: Mapping[str, Line]
     caption: str
     x_axis: str
     y_axis: str
+    logarithmic: bool = True
+    raw_first: bool = True
 
     @property
-    def svg(self) -> Markup:
-        """The chart as inline SVG that takes its colours from the page."""
-        return Markup(draw_curve(self))
+    def legend(self) -> list[tuple[str, str]]:
+        """CSS classes and name of each line."""
+        behind = int(self.raw_first and len(self.lines) > 1)
+        colours = [max(0, number - behind) % 4 for number in range(len(self.lines))]
+        faint = ["faint " if behind and number == 0 else "" for number in range(len(self.lines))]
+        return [(f"{pale}line{colour}", name) for pale, colour, name in zip(faint, colours, self.lines)]
+
+    def svg(self, narrow: bool) -> Markup:
+        """The chart as inline SVG that takes its colours from the page, for a wide page or for a phone."""
+        classes = [css for css, _ in self.legend]
+        return Markup(
+            draw_lines(
+                self.lines,
+                NARROW if narrow else WIDE,
+                self.x_axis,
+                self.y_axis,
+                self.caption,
+                self.logarithmic,
+                classes,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +122,7 @@ class Section:
     """A headed part of the page."""
 
     title: str
-    blocks: Sequence[Figure | Picture | Table | Confusion | Curve]
+    blocks: Sequence[Picture | Table | Confusion | Curve]
     note: str = ""
 
 
@@ -94,7 +134,7 @@ class Report:
     subtitle: str
     figures: Sequence[Figure]
     sections: Sequence[Section]
-    facts: dict[str, dict[str, str]]
+    facts: Mapping[str, Mapping[str, str]]
 
 
 def write_report(path: Path, report: Report) -> Path:
@@ -102,72 +142,8 @@ def write_report(path: Path, report: Report) -> Path:
     environment = Environment(
         loader=PackageLoader("jaxdiff.io", "."), autoescape=select_autoescape(default=True), trim_blocks=True
     )
+    # "97.2 %" never breaks before its unit.
+    environment.finalize = lambda value: value.replace(" %", "\N{NO-BREAK SPACE}%") if type(value) is str else value
     environment.tests["kind"] = lambda block, name: type(block).__name__ == name
     path.write_text(environment.get_template("report.html.j2").render(report=report), encoding="utf-8")
     return path
-
-
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 300, 64, 44, 14
-
-
-def draw_curve(curve: Curve) -> str:
-    """Draw the chart: logarithmic y, linear x, a tick at every 1-2-5 of a decade."""
-    xs = [x for line in curve.lines.values() for x in line[0]]
-    ys = [y for line in curve.lines.values() for y in line[1] if y > 0]
-    if not ys:
-        return "<svg></svg>"
-    low, high = min(xs), max(max(xs), min(xs) + 1)
-    bottom, top = math.log10(min(ys)) - 0.03, math.log10(max(ys)) + 0.03
-
-    def across(x: float) -> float:
-        return LEFT + (x - low) / (high - low) * (WIDTH - LEFT - 12)
-
-    def down(y: float) -> float:
-        return TOP + (top - math.log10(max(y, 1e-12))) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    for value in decade_ticks(10**bottom, 10**top):
-        parts.append(
-            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - 12}" y1="{down(value):.1f}" y2="{down(value):.1f}"/>'
-            f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{down(value) + 4:.1f}">{value:g}</text>'
-        )
-    for value in round_ticks(low, high):
-        parts.append(
-            f'<text class="tick" text-anchor="middle" x="{across(value):.1f}" y="{HEIGHT - BOTTOM + 20}">'
-            f"{value:g}</text>"
-        )
-    for number, (name, (x_values, y_values)) in enumerate(curve.lines.items()):
-        points = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in zip(x_values, y_values))
-        place = WIDTH - 24, TOP + 18 + 20 * number
-        parts.append(f'<polyline class="line line{number}" points="{points}"/>')
-        parts.append(
-            f'<text class="name name{number}" text-anchor="end" x="{place[0]}" y="{place[1]}">'
-            f"{html.escape(name)}</text>"
-        )
-    parts.append(
-        f'<text class="axis" text-anchor="middle" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}">'
-        f"{html.escape(curve.x_axis)}</text>"
-        f'<text class="axis" text-anchor="middle" transform="translate(14 {HEIGHT / 2 - 10}) rotate(-90)">'
-        f"{html.escape(curve.y_axis)}</text>"
-    )
-    label = html.escape(curve.caption, quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def decade_ticks(low: float, high: float) -> list[float]:
-    """Return the values 1, 2, 5 times powers of ten between two positive numbers."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    return [float(f"{tick:.6g}") for tick in ticks if low <= tick <= high]
-
-
-def round_ticks(low: float, high: float, number: int = 6) -> list[float]:
-    """Return about `number` multiples of a round step between two numbers."""
-    raw = (high - low) / number
-    step = min(
-        size * 10.0 ** math.floor(math.log10(raw))
-        for size in (1, 2, 5, 10)
-        if size * 10.0 ** math.floor(math.log10(raw)) >= raw
-    )
-    first = math.ceil(low / step)
-    return [step * k for k in range(first, math.floor(high / step) + 1)]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from jaxdiff import __version__
+import jaxdiff
 from jaxdiff.errors import InputError
 
 CONFIG = "config.json"
@@ -30,10 +31,11 @@ MADE_BY_TRAINING = (
     "tensorboard",
     "grids",
     METRICS,
-    CONFIG,
     RESULTS,
     "report.html",
+    CONFIG,
 )
+"""In the order of deletion: the config, which tells a run from any other folder, goes last."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
@@ -47,15 +49,29 @@ def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = ()
       start_over: delete what an earlier run left there.
 
     Raises:
-      InputError: the folder cannot be written, or another config started its run.
+      InputError: the folder cannot be written, another config started its run, or it is to be started over but
+        holds things that no run of jaxdiff left there.
     """
     folder = make_folder(folder)
     if start_over:
-        for name in MADE_BY_TRAINING:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / name).unlink(missing_ok=True)
+        _delete_run(folder)
     check_config(folder, config, free)
     return folder
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete what an earlier run left in its folder; a folder without a run is left alone."""
+    found = [folder / name for name in MADE_BY_TRAINING if (folder / name).exists()]
+    if not (folder / CONFIG).is_file():
+        foreign = [path.name for path in found if path.name not in (RESULTS, "report.html")]
+        if foreign:
+            raise InputError(
+                f"--out {folder}: has no {CONFIG}, so {', '.join(foreign)} there may not be jaxdiff's to delete; "
+                "choose another folder"
+            )
+        return
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def make_folder(folder: Path) -> Path:
@@ -143,12 +159,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object.
 
     Raises:
-      InputError: the file is missing or not JSON.
+      InputError: the file is missing or holds no JSON object.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
+    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -178,31 +197,44 @@ def write_results(
 
 def versions(device: str) -> dict[str, str]:
     """Return the versions of everything that decides a result, and the machine."""
-    found = {"jaxdiff": __version__, **{name: metadata.version(name) for name in PACKAGES}}
+    found = {"jaxdiff": jaxdiff.__version__, **{name: metadata.version(name) for name in PACKAGES}}
     return {**found, "python": platform.python_version(), "platform": platform.platform(), "device": device}
 
 
 def command_line() -> str:
-    """Return the command as it was typed, as `python -m` would take it."""
+    """Return the command as a shell takes it: `python -m jaxdiff.NAME`, `jaxdiff NAME` or `python SCRIPT`."""
     program = Path(sys.argv[0])
-    name = f"python -m jaxdiff.{program.stem}" if program.suffix == ".py" else program.name
-    return " ".join([name, *sys.argv[1:]])
+    if program.name == "__main__.py":
+        words = ["python", "-m", program.parent.name]
+    elif program.resolve().parent == Path(__file__).resolve().parent.parent:
+        words = ["python", "-m", f"jaxdiff.{program.stem}"]
+    else:
+        words = ["python", str(program)] if program.suffix == ".py" else [program.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def tree_hash(tree: Any) -> str:
-    """Return the SHA-256 of nested dicts of arrays: names, dtypes, shapes and bytes, in order of name."""
+    """Return the SHA-256 of nested dicts of arrays: names, dtypes, shapes and bytes, in order of name.
+
+    Raises:
+      TypeError: a leaf is no array of numbers.
+    """
     digest = hashlib.sha256()
 
-    def add(path: str, node: Any) -> None:
+    def add(names: tuple[str, ...], node: Any) -> None:
         if isinstance(node, Mapping):
+            # JSON keeps {"a/b": x} apart from {"a": {"b": x}}, and an empty dict leaves its mark.
+            digest.update(json.dumps([*names, sorted(node)]).encode())
             for name in sorted(node):
-                add(f"{path}/{name}", node[name])
+                add((*names, name), node[name])
             return
-        array = np.ascontiguousarray(node)
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        array = np.asarray(node)
+        if array.dtype.hasobject:
+            raise TypeError(f"{'/'.join(names)}: only arrays of numbers can be hashed, got {type(node).__name__}")
+        digest.update(json.dumps([*names, str(array.dtype), array.shape]).encode())
         digest.update(array.tobytes())
 
-    add("", tree)
+    add((), tree)
     return digest.hexdigest()
 
 
@@ -217,9 +249,12 @@ class MetricsLog:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(partial, path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+        # tensorboardX names a file by the second alone and would overwrite the file of a run stopped within it.
+        suffix = f".{resumed_step:09d}"
+        board = folder / "tensorboard"
+        self._board = SummaryWriter(str(board), purge_step=resumed_step + 1, filename_suffix=suffix)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
+    def write(self, step: int, figures: Mapping[str, float | int]) -> None:
         """Append figures of one step.
 
         Raises:
@@ -228,6 +263,7 @@ class MetricsLog:
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise ValueError(f"{name} is {value} at step {step}")
+        for name, value in figures.items():
             self._board.add_scalar(name, value, step)
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         self._file.flush()
@@ -242,7 +278,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the logged lines in order; a last line cut short by a crash is left out."""
     lines = []
     if path.exists():
-        for text in path.read_text().splitlines():
+        for text in path.read_text(errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:

@@ -1,113 +1,119 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow: each builder is one domain.
 
+They are looked for in ~/tensorflow_datasets, or in the folder that the environment variable TFDS_DATA_DIR names.
 `as_data_source` reads array_record files (a builder prepared in the older tfrecord format needs TensorFlow). Our own
 `mnist_m` builder prepares itself without TensorFlow; most bundled ones, `svhn_cropped` and `mnist` among them, need
 it once, to be prepared.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from jaxtyping import Int
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.datasets import Dataset, Splits, split_off
-from jaxdiff.io.folders import concatenate
-from jaxdiff.io.images import resize_image
+from jaxdiff.io.datasets import Dataset, Splits, choose_held_out, join
+from jaxdiff.io.decoding import Encoded, decode_all
 
 
-def load_tfds(names: list[str], image_size: int | None = None) -> Splits:
+def load_tfds(names: list[str], image_size: int | None = None, workers: int | None = None) -> Splits:
     """Read the train and test splits of prepared builders with an `image` and an integer `label` each.
 
     Args:
       names: builders, `NAME` or `NAME:VERSION`; each becomes one domain, in this order.
       image_size: height and width in pixels to resize to; None keeps their own, which must then be equal.
+      workers: decoding threads; None means a few more than there are cores.
 
     Raises:
       InputError: tensorflow-datasets is missing, or a builder is unknown, unprepared, or of another kind.
     """
+    flag = f"--data tfds:{','.join(names)}"
     try:
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise InputError(
-            f"--data tfds:{','.join(names)}: reading it needs tensorflow-datasets: pip install 'jaxdiff[tfds]'"
-        ) from error
-    import jaxdiff.io.mnist_m_builder  # registers mnist_m with tensorflow_datasets
 
-    del jaxdiff
+        import jaxdiff.io.mnist_m_builder  # noqa: F401 (makes mnist_m known to tensorflow_datasets)
+    except ImportError as error:
+        raise InputError(f"{flag}: needs tensorflow-datasets ({error}): pip install 'jaxdiff[tfds]'") from error
+    domain_names = tuple(name.split(":")[0] for name in names)
+    if "" in domain_names or len(set(domain_names)) < len(names):
+        raise InputError(f"{flag}: give each builder's name once, as in tfds:mnist_m,svhn_cropped")
     builders = [find_builder(tfds, name) for name in names]
-    label_names = [builder.info.features["label"].names for builder in builders]
-    if any(other != label_names[0] for other in label_names):
-        raise InputError(f"--data tfds:{','.join(names)}: the builders name their classes differently")
-    train, held_out = [], []
-    for number, (name, builder) in enumerate(zip(names, builders)):
-        parts = {
-            split: read_split(builder, name, split, number, tuple(names), image_size)
-            for split in ("train", "test")
-            if split in builder.info.splits
-        }
-        first, second = (parts["train"], parts["test"]) if "test" in parts else split_off(parts["train"])
-        train.append(first)
-        held_out.append(second)
-    return Splits(join(names, train), join(names, held_out))
+    class_names = builders[0].info.features["label"].names
+    if any(builder.info.features["label"].names != class_names for builder in builders):
+        raise InputError(f"{flag}: the builders name their classes differently")
+    train, held_out, skipped = [], [], []
+    for number, builder in enumerate(builders):
+        parts = []
+        for split in ("train", "test"):
+            if split in builder.info.splits:
+                encoded, labels = read_split(tfds, builder, split)
+                images, kept, unread = decode_all(encoded, image_size, workers)
+                domains = np.full(len(kept), number, np.int32)
+                parts.append(Dataset(images, labels[kept], domains, tuple(class_names), domain_names))
+                skipped.extend(unread)
+        if len(parts) == 1:
+            chosen = choose_held_out(parts[0])
+            parts = [parts[0].subset(~chosen), parts[0].subset(chosen)]
+        train.append(parts[0])
+        held_out.append(parts[1])
+    check_sizes(flag, [*train, *held_out])
+    return Splits(join(train), join(held_out), tuple(skipped))
 
 
 def find_builder(tfds: Any, name: str) -> Any:
     """Return a prepared image-classification builder, or raise InputError saying how to prepare it."""
     try:
         builder = tfds.builder(name)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise InputError(f"--data tfds:{name}: tensorflow-datasets knows no builder of that name") from error
+    except Exception as error:  # of many kinds: no such name, version or configuration, damaged metadata
+        raise InputError(f"--data tfds:{name}: tensorflow-datasets cannot open it ({first_line(error)})") from error
     if not builder.info.splits:
-        how = (
-            "run `python scripts/make_mnist_m.py --mnist DIR --photos DIR --format tfds`"
-            if name.split(":")[0] == "mnist_m"
-            else f"run `tfds build {name} --file_format=array_record`, which needs TensorFlow "
-            "(pip install tensorflow) this once"
-        )
-        raise InputError(f"--data tfds:{name}: not prepared in {builder.data_dir}: {how}")
-    if not {"image", "label"} <= set(builder.info.features) or "train" not in builder.info.splits:
-        raise InputError(f"--data tfds:{name}: needs a train split with features image and label")
+        raise InputError(f"--data tfds:{name}: not prepared in {builder.data_dir}: {how_to_prepare(name)}")
+    features = dict(builder.info.features)
+    if "train" not in builder.info.splits or not (
+        isinstance(features.get("image"), tfds.features.Image)
+        and isinstance(features.get("label"), tfds.features.ClassLabel)
+    ):
+        raise InputError(f"--data tfds:{name}: needs a train split with an image and a class label, `image`, `label`")
     return builder
 
 
-def read_split(
-    builder: Any, name: str, split: str, domain: int, domain_names: tuple[str, ...], image_size: int | None
-) -> Dataset:
-    """Decode one split into memory."""
+def how_to_prepare(name: str) -> str:
+    """Return the command that prepares a builder in a format that is read without TensorFlow."""
+    if name.split(":")[0] == "mnist_m":
+        return "run `python scripts/make_mnist_m.py --mnist DIR --photos DIR --format tfds`"
+    return (
+        f"run `tfds build {name} --file_format=array_record`, which needs TensorFlow this once "
+        "(pip install 'jaxdiff[tfds]' tensorflow)"
+    )
+
+
+def read_split(tfds: Any, builder: Any, split: str) -> tuple[list[Encoded], Int[np.ndarray, "N"]]:
+    """Read the pictures, not yet decoded, and labels of one split."""
+    flag = f"--data tfds:{builder.name}"
     try:
-        source = builder.as_data_source(split)
+        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        examples = source.__getitems__(range(len(source)))
     except NotImplementedError as error:
         raise InputError(
-            f"--data tfds:{name}: prepared as {builder.info.file_format.value}, which only TensorFlow reads: prepare "
-            f"it again with `tfds build {name} --file_format=array_record`"
+            f"{flag}: prepared as {builder.info.file_format.value}, which only TensorFlow reads: prepare it again: "
+            f"{how_to_prepare(builder.name)}"
         ) from error
-    with ThreadPoolExecutor() as pool:
-        examples = list(pool.map(source.__getitem__, range(len(source))))
-    images = [as_rgb(example["image"], image_size) for example in examples]
-    for image in images:
-        if image.shape != images[0].shape:
-            raise InputError(f"--data tfds:{name}: its images differ in size: give --image-size to resize all")
-    labels = np.array([example["label"] for example in examples], np.int32)
-    names = tuple(builder.info.features["label"].names)
-    return Dataset(np.stack(images), labels, np.full(len(labels), domain, np.int32), names, domain_names)
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{flag}: damaged files in {builder.data_dir} ({first_line(error)}): prepare it again"
+        ) from error
+    encoded = [Encoded(f"tfds:{builder.name} {split}[{i}]", example["image"]) for i, example in enumerate(examples)]
+    return encoded, np.array([example["label"] for example in examples], np.int32)
 
 
-def as_rgb(image: UInt8[np.ndarray, "H W C"], image_size: int | None) -> UInt8[np.ndarray, "h w 3"]:
-    """Give a picture three channels and the size asked for."""
-    if image.shape[-1] == 1:
-        image = np.asarray(Image.fromarray(image[..., 0]).convert("RGB"))
-    return image if image_size is None else resize_image(image, image_size)
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's error message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def join(names: list[str], parts: list[Dataset]) -> Dataset:
-    """Join the builders' pictures, which must be of one size."""
-    joined = parts[0]
-    for part in parts[1:]:
-        if part.images.shape[1:] != joined.images.shape[1:]:
-            sizes = ", ".join(f"{n} {p.images.shape[2]}x{p.images.shape[1]}" for n, p in zip(names, parts))
-            raise InputError(f"--data tfds:{','.join(names)}: sizes differ ({sizes}): give --image-size to resize all")
-        joined = concatenate(joined, part)
-    return joined
+def check_sizes(flag: str, parts: list[Dataset]) -> None:
+    """Raise InputError unless all parts have pictures of one size."""
+    sizes = {part.images.shape[1:3] for part in parts}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise InputError(f"{flag}: the builders' images differ in size ({listed}): give --image-size to resize all")

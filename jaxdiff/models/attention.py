@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 
 from jaxdiff.models.normalization import GroupNorm
 from jaxdiff.shapes import Images
@@ -19,7 +20,7 @@ class AttentionBlock(nn.Module):
     head_dim: int | None = None
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images) -> Images:

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.shapes import Images
@@ -25,7 +26,7 @@ class Conv(nn.Module):
     kernel_size: int = 3
     strides: int = 1
     padding: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact

@@ -9,6 +9,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.shapes import Labels, Timesteps
@@ -33,7 +34,7 @@ class TimestepEmbedding(nn.Module):
     """Two dense layers with SiLU between them, from the sinusoid to the width that residual blocks read."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, waves: Float[Array, "B F"]) -> Float[Array, "B E"]:
@@ -47,7 +48,7 @@ class ConditionEmbedding(nn.Module):
 
     num_values: int
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, labels: Labels) -> Float[Array, "B E"]:

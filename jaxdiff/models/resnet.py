@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import repeat
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.models.convolution import Conv
@@ -23,7 +24,7 @@ class ResnetBlock(nn.Module):
     norm_eps: float = 1e-5
     dropout: float = 0.0
     scale_shift: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -56,7 +57,7 @@ class Downsample(nn.Module):
     """Halve height and width with a strided 3x3 convolution, padded by one pixel on every side."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images) -> Float[Array, "B h w D"]:
@@ -68,7 +69,7 @@ class Upsample(nn.Module):
     """Double height and width by nearest neighbour, then a 3x3 convolution."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images) -> Float[Array, "B h w D"]:

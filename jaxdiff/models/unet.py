@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
+from einops import rearrange
+from jax.typing import DTypeLike
 
 from jaxdiff.models.attention import AttentionBlock
 from jaxdiff.models.convolution import Conv
@@ -26,6 +28,9 @@ class UNetConfig:
       layers_per_block: residual blocks of a down level; an up level has one more.
       attention: whether each level has attention after its residual blocks.
       attention_head_dim: channels of one attention head; None means a single head.
+      patch_size: pixels on a side that are folded into channels before the first convolution and back after the
+        last (arXiv 2301.11093, section 3.3); 1 for none.
+      scale_shift: how the embedding enters a residual block, see `ResnetBlock`.
       num_classes: class labels 0..num_classes-1, and num_classes for "none"; 0 means no class condition.
       num_domains: the same for the data set that an image looks like.
     """
@@ -41,6 +46,8 @@ class UNetConfig:
     dropout: float = 0.0
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
+    patch_size: int = 1
+    scale_shift: bool = False
     num_classes: int = 0
     num_domains: int = 0
 
@@ -56,11 +63,17 @@ class UNetConfig:
     @property
     def size_divisor(self) -> int:
         """Height and width must be multiples of this, so that skips meet features of their own size."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
 
 PRESETS: dict[str, dict] = {
-    "tiny": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8},
+    "tiny": {
+        "block_out_channels": (128,),
+        "layers_per_block": 2,
+        "attention": (True,),
+        "patch_size": 4,
+        "scale_shift": True,
+    },
     "small": {"block_out_channels": (64, 128, 128), "layers_per_block": 1, "norm_num_groups": 32},
     "base": {
         "block_out_channels": (128, 256, 256),
@@ -77,7 +90,7 @@ class UNet(nn.Module):
     """Predict noise, clean image or velocity from a noisy image, its timestep and its conditions."""
 
     config: UNetConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Lay out the levels; names give the parameter tree of diffusers' UNet2DModel."""
@@ -99,7 +112,7 @@ class UNet(nn.Module):
             for i, (channels, has_attention) in enumerate(reversed(levels))
         ]
         self.conv_norm_out = GroupNorm(cfg.norm_num_groups, epsilon=cfg.norm_eps, activation="silu", dtype=self.dtype)
-        self.conv_out = Conv(cfg.out_channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+        self.conv_out = Conv(cfg.out_channels * cfg.patch_size**2, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
     def __call__(
         self,
@@ -118,7 +131,9 @@ class UNet(nn.Module):
           domain_labels: the same for domains.
           train: apply dropout (needs the "dropout" random stream).
         """
-        x = self.conv_in(x_t.astype(self.dtype))
+        patch = self.config.patch_size
+        x = rearrange(x_t.astype(self.dtype), "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
+        x = self.conv_in(x)
         embedding = self._embed(t, class_labels, domain_labels)
         skips = [x]
         for block in self.down_blocks:
@@ -129,7 +144,8 @@ class UNet(nn.Module):
             split = len(skips) - self.config.layers_per_block - 1
             x = up_block(x, skips[split:], embedding, train)
             skips = skips[:split]
-        return self.conv_out(self.conv_norm_out(x)).astype(jnp.float32)
+        x = self.conv_out(self.conv_norm_out(x)).astype(jnp.float32)
+        return rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)
 
     def _embed(self, t: Timesteps, class_labels: Labels | None, domain_labels: Labels | None):
         """Sum the embeddings of time and of every condition that the config has."""
@@ -154,12 +170,20 @@ class Level(nn.Module):
     channels: int
     has_attention: bool = True
     last: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def resnet(self, name: str) -> ResnetBlock:
         """Make one residual block of this level."""
         cfg = self.config
-        return ResnetBlock(self.channels, cfg.norm_num_groups, cfg.norm_eps, cfg.dropout, dtype=self.dtype, name=name)
+        return ResnetBlock(
+            self.channels,
+            cfg.norm_num_groups,
+            cfg.norm_eps,
+            cfg.dropout,
+            cfg.scale_shift,
+            dtype=self.dtype,
+            name=name,
+        )
 
     def attend(self, name: str) -> AttentionBlock:
         """Make one attention block of this level."""

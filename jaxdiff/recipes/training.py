@@ -25,11 +25,11 @@ LossFn = Callable[[Any, Any, ImageKeys], jax.Array]
 class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint must hold to go on exactly."""
 
-    step: jax.Array
+    step: Any
     params: Any
     ema_params: Any
     opt_state: Any
-    key: PRNGKey
+    key: Any
 
 
 class StepResult(NamedTuple):

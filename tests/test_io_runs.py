@@ -1,0 +1,309 @@
+"""Run folders: a config reads back equal, another config is refused by name, logs resume without a trace."""
+
+import json
+import os
+import re
+import shlex
+import struct
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+import jaxdiff
+from jaxdiff.errors import InputError
+from jaxdiff.io import runs
+
+
+@dataclass(frozen=True)
+class Inner:
+    steps: int = 3
+    rates: tuple[float, ...] = (0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Outer:
+    out: Path = Path("runs/x")
+    limit: int | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+# Config
+
+
+@pytest.mark.parametrize("config", [Outer(), Outer(Path("a b/ü"), 4, Inner(7, (1e-30,)))])
+def test_config_survives_the_file(tmp_path, config):
+    runs.write_json(tmp_path / "config.json", runs.as_json(config))
+    assert runs.read_run(tmp_path, Outer)[1] == config
+
+
+def test_config_is_flat_like_the_flags():
+    assert set(runs.as_json(Outer())) == {"out", "limit", "steps", "rates"}
+
+
+def test_fields_of_a_later_version_keep_their_defaults():
+    assert runs.from_json(Outer, {"steps": 9, "gone": 1}) == Outer(inner=Inner(steps=9))
+
+
+def test_another_config_names_each_differing_field_and_changes_nothing(tmp_path):
+    runs.open_run(tmp_path, {"steps": 3, "rate": 0.1, "out": "a"})
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(InputError) as caught:
+        runs.open_run(tmp_path, {"steps": 4, "rate": 0.1, "out": "b"}, free={"out"})
+    assert "steps was 3, is 4" in str(caught.value)
+    assert "rate" not in str(caught.value)
+    assert "out was" not in str(caught.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_free_fields_may_change(tmp_path):
+    runs.open_run(tmp_path, {"steps": 3, "out": "a"})
+    runs.open_run(tmp_path, {"steps": 3, "out": "b"}, free={"out"})
+    assert runs.read_json(tmp_path / "config.json") == {"steps": 3, "out": "b"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "", '{"a": \x00'])
+def test_a_damaged_config_is_one_sentence(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json"):
+        runs.open_run(tmp_path, {"a": 1})
+
+
+def test_a_folder_without_a_run_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"no config\.json"):
+        runs.read_run(tmp_path, Outer)
+
+
+# Folders
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="cannot be written"):
+            runs.make_folder(path)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that even root cannot write")
+def test_a_folder_that_cannot_be_written_is_one_sentence():
+    with pytest.raises(InputError, match="cannot be written"):
+        runs.make_folder(Path("/proc/self"))
+
+
+def test_make_folder_leaves_nothing_in_it(tmp_path):
+    assert list(runs.make_folder(tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_starting_over_deletes_the_run_and_nothing_else(tmp_path):
+    runs.open_run(tmp_path, {"a": 1})
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    runs.open_run(tmp_path, {"a": 2}, start_over=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert runs.read_json(tmp_path / "config.json") == {"a": 2}
+
+
+def test_starting_over_never_deletes_what_no_run_made(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "thesis").write_text("mine")
+    with pytest.raises(InputError, match=r"checkpoints.*choose another folder"):
+        runs.open_run(tmp_path, {"a": 1}, start_over=True)
+    assert (tmp_path / "checkpoints" / "thesis").read_text() == "mine"
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_starting_over_does_not_follow_links(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("mine")
+    folder = runs.open_run(tmp_path / "run", {"a": 1})
+    os.symlink(elsewhere, folder / "checkpoints")
+    runs.open_run(folder, {"a": 1}, start_over=True)
+    assert (elsewhere / "kept").exists()
+    assert not (folder / "checkpoints").exists()
+
+
+# Results
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    runs.write_json(path, {"a": 1})
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError):
+            runs.write_json(path, {"a": bad})
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        runs.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_results_hold_figures_under_plain_names_and_where_they_come_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jaxdiff", "train_cfg", "--out", "my runs"])
+    path = runs.write_results(tmp_path, {"judge.real_accuracy.m": 0.5}, {"seed": 0}, {"params": "ab"}, "2 x cpu")
+    record = json.loads(path.read_text())
+    assert record["judge.real_accuracy.m"] == 0.5
+    assert record["config"] == {"seed": 0}
+    assert record["hashes"] == {"params": "ab"}
+    assert record["versions"]["jaxdiff"] == jaxdiff.__version__
+    assert record["versions"]["jax"] == metadata.version("jax")
+    assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert record["versions"]["device"] == "2 x cpu"
+    assert shlex.split(record["command"]) == ["jaxdiff", "train_cfg", "--out", "my runs"]
+
+
+PACKAGE = Path(jaxdiff.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (str(PACKAGE / "train_cfg.py"), ["python", "-m", "jaxdiff.train_cfg"]),
+        (str(PACKAGE / "__main__.py"), ["python", "-m", "jaxdiff"]),
+        ("/somewhere/bin/jaxdiff", ["jaxdiff"]),
+        ("scripts/benchmark.py", ["python", "scripts/benchmark.py"]),
+    ],
+)
+def test_command_line_can_be_pasted_into_a_shell(monkeypatch, program, words):
+    monkeypatch.setattr(sys, "argv", [program, "--out", "my runs/$x"])
+    assert shlex.split(runs.command_line()) == [*words, "--out", "my runs/$x"]
+
+
+# Hashes
+
+
+def tree():
+    return {"conv": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(3, np.float32)}}
+
+
+def test_hash_depends_on_values_alone():
+    reordered = {"conv": dict(reversed(list(tree()["conv"].items())))}
+    on_device = {"conv": {name: jnp.asarray(value) for name, value in tree()["conv"].items()}}
+    strided = {"conv": {**tree()["conv"], "kernel": np.asfortranarray(tree()["conv"]["kernel"])}}
+    same = {runs.tree_hash(t) for t in (tree(), reordered, on_device, strided)}
+    assert len(same) == 1
+    assert re.fullmatch("[0-9a-f]{64}", same.pop())
+
+
+def test_hash_changes_with_every_single_bit():
+    base = tree()
+    seen = {runs.tree_hash(base)}
+    kernel = base["conv"]["kernel"]
+    for bit in range(kernel.nbytes * 8):
+        raw = bytearray(kernel.tobytes())
+        raw[bit // 8] ^= 1 << bit % 8
+        flipped = np.frombuffer(bytes(raw), np.float32).reshape(kernel.shape)
+        seen.add(runs.tree_hash({"conv": {**base["conv"], "kernel": flipped}}))
+    assert len(seen) == 1 + kernel.nbytes * 8
+
+
+def test_hash_tells_apart_whatever_differs_but_in_values():
+    one = np.ones(1, np.float32)
+    trees = [
+        {"a": one},
+        {"b": one},
+        {"a": one.reshape(())},
+        {"a": one.reshape(1, 1)},
+        {"a": one.view(np.int32)},
+        {"a": one.view(np.uint32)},
+        {"a": one.astype(jnp.bfloat16)},
+        {"a": {"b": one}},
+        {"a/b": one},
+        {"a": {"b": one}, "c": {}},
+        {"a": one, "b": one},
+        {"a": {"a": one}, "b": one},
+        {"a": {"a": one, "b": one}},
+        {},
+        {"a": {}},
+    ]
+    assert len({runs.tree_hash(t) for t in trees}) == len(trees)
+
+
+@pytest.mark.parametrize("leaf", [None, object()])
+def test_hash_refuses_what_has_no_bytes_of_its_own(leaf):
+    with pytest.raises(TypeError, match="a/b"):
+        runs.tree_hash({"a": {"b": leaf}})
+
+
+# Metrics
+
+
+def write_steps(folder, resumed, steps):
+    log = runs.MetricsLog(folder, resumed)
+    for step in steps:
+        log.write(step, {"loss": 1.0 / step})
+    log.close()
+
+
+@pytest.mark.parametrize("saved", [0, 3, 5])
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path, saved):
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    write_steps(tmp_path / "whole", 0, range(1, 9))
+    write_steps(tmp_path / "resumed", 0, range(1, 6))
+    write_steps(tmp_path / "resumed", saved, range(saved + 1, 9))
+    whole, resumed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
+    write_steps(tmp_path, 0, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 4, "lo\xff')
+    assert [line["step"] for line in runs.read_lines(path)] == [1, 2, 3]
+    write_steps(tmp_path, 3, [4])
+    assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_every_line_is_on_disk_before_the_log_is_closed(tmp_path):
+    log = runs.MetricsLog(tmp_path, 0)
+    log.write(1, {"loss": 0.5})
+    assert runs.read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    log.close()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_non_finite_figure_is_refused_and_nothing_is_logged(tmp_path, bad):
+    log = runs.MetricsLog(tmp_path, 0)
+    with pytest.raises(ValueError, match=r"norm is .* at step 2"):
+        log.write(2, {"loss": 0.5, "norm": bad})
+    log.close()
+    assert runs.read_lines(tmp_path / "metrics.jsonl") == []
+    assert read_board(tmp_path / "tensorboard") == {}
+
+
+def read_board(folder):
+    """Return {step: loss} as TensorBoard shows it: files by name; a session start drops its step and later ones."""
+    shown = {}
+    for path in sorted(folder.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # TFRecord: length (8 bytes), its checksum (4), data, its checksum (4)
+            (length,) = struct.unpack("<Q", data[at : at + 8])
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+                shown = {step: value for step, value in shown.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag == "loss":
+                    shown[event.step] = value.simple_value
+    return shown
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    write_steps(tmp_path, 0, range(1, 6))
+    runs.MetricsLog(tmp_path, 3).close()
+    # Steps 4 and 5 were dropped and have not been done again yet.
+    assert sorted(read_board(tmp_path / "tensorboard")) == [1, 2, 3]
+    write_steps(tmp_path, 3, range(4, 9))
+    assert sorted(read_board(tmp_path / "tensorboard")) == list(range(1, 9))
