@@ -18,7 +18,7 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def require_at_least(name: str, value: float, least: int) -> None:
+def require_at_least(name: str, value: float | int, least: int) -> None:
     """Raise InputError, naming the flag, unless value >= least."""
     require(value >= least, f"{as_flag(name)} must be at least {least}, got {value}")
 

@@ -44,9 +44,7 @@ def test_velocity_is_the_derivative_along_the_circle(noisy):
     # With alpha = cos(phi), sigma = sin(phi), v is d x_t / d phi: checked by a float64 difference quotient.
     x_0, eps, *_ = (np.asarray(a, np.float64) for a in noisy)
     phi, h = 0.7, 1e-6
-    slope = (
-        np.cos(phi + h) * x_0 + np.sin(phi + h) * eps - np.cos(phi - h) * x_0 - np.sin(phi - h) * eps
-    ) / (2 * h)
+    slope = (np.cos(phi + h) * x_0 + np.sin(phi + h) * eps - np.cos(phi - h) * x_0 - np.sin(phi - h) * eps) / (2 * h)
     scales = jnp.float32(np.cos(phi)), jnp.float32(np.sin(phi))
     v = to_target(jnp.asarray(x_0, jnp.float32), jnp.asarray(eps, jnp.float32), *scales, "v")
     np.testing.assert_allclose(v, slope, atol=FLOAT32_ATOL)
@@ -92,9 +90,7 @@ def test_a_weighted_loss_does_not_depend_on_what_is_predicted(noisy, weighting):
     losses = {}
     for prediction_type in TYPES:
         output = to_target(wrong_x_0, wrong_eps, alpha_t, sigma_t, prediction_type)
-        losses[prediction_type] = diffusion_loss(
-            output, x_0, eps, alpha_t, sigma_t, logsnr, prediction_type, weighting
-        )
+        losses[prediction_type] = diffusion_loss(output, x_0, eps, alpha_t, sigma_t, logsnr, prediction_type, weighting)
     if weighting == "constant":
         snr = jnp.exp(logsnr)
         np.testing.assert_allclose(losses["eps"], snr * losses["x_0"], rtol=1e-3)

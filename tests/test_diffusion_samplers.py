@@ -65,9 +65,7 @@ def test_stochastic_samplers_keep_mean_and_variance(step, eta):
     keys = keys_of(400)
     step = partial(step, eta=eta) if step is ddim_step else step
     timesteps = with_final(timestep_spacing("trailing", 250, 1000))
-    x_0 = np.asarray(
-        sample(gaussian_denoiser(schedule), starting_noise(keys, SHAPE), keys, schedule, timesteps, step)
-    )
+    x_0 = np.asarray(sample(gaussian_denoiser(schedule), starting_noise(keys, SHAPE), keys, schedule, timesteps, step))
     # 19,200 independent values: standard errors 0.5/139 = 0.0036 (mean) and 0.0026 (std); four of them, and the
     # discretisation error of 250 steps, which shrinks the spread by about 1 %.
     assert abs(x_0.mean() - MEAN) < 0.0144

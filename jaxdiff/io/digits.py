@@ -67,7 +67,7 @@ def photographs(held_out: bool) -> list[Photo]:
     return [strip for number, strip in enumerate(strips) if (number % every == every // 2) == held_out]
 
 
-def enlarge(digits: Masks) -> Masks:
+def enlarge(digits: Masks) -> Float[np.ndarray, "N h w"]:
     """Return the digits four times as large with a blank margin; cubic, so that the holes of a 6 or 8 stay open."""
     padded = np.pad(digits, ((0, 0), (1, 1), (1, 1)))
     return np.clip(ndimage.zoom(padded, (1, 4, 4), order=3), 0, 1)

@@ -1,8 +1,8 @@
 """Pictures between files (uint8, 0..255) and networks (float, [-1, 1]); the only place where the two ranges meet."""
 
 import warnings
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Num, UInt8
@@ -26,11 +26,12 @@ def to_uint8(images: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     return np.rint(scaled).astype(np.uint8)
 
 
-def read_image(file: Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """Decode one picture as RGB.
 
     Raises:
-      OSError: the file (not named in the message) is missing, truncated, no picture, of more than 8 bits a channel, or larger than `max_pixels`.
+      OSError: missing, truncated, no picture, more than 8 bits a channel, or more pixels than `max_pixels`; the message
+        need not name the file.
     """
     try:
         with Image.open(file) as image:

@@ -24,6 +24,8 @@ from jaxdiff.errors import InputError
 CONFIG = "config.json"
 RESULTS = "results.json"
 METRICS = "metrics.jsonl"
+Figures = dict[str, float | int]
+"""Figures under the plain names that results.json gives them."""
 MADE_BY_TRAINING = (
     "checkpoints",
     "judge",

@@ -41,7 +41,8 @@ def load_tfds(names: list[str], image_size: int | None = None, workers: int | No
     class_names = builders[0].info.features["label"].names
     if any(builder.info.features["label"].names != class_names for builder in builders):
         raise InputError(f"{flag}: the builders name their classes differently")
-    train, held_out, skipped = [], [], []
+    train, held_out = [], []
+    skipped: list[str] = []
     for number, builder in enumerate(builders):
         parts = []
         for split in ("train", "test"):

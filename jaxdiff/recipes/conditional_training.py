@@ -16,7 +16,7 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Dataset, Splits, batches
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
-from jaxdiff.io.runs import METRICS, MetricsLog, read_json, read_lines
+from jaxdiff.io.runs import METRICS, Figures, MetricsLog, read_json, read_lines
 from jaxdiff.mesh import put_batch
 from jaxdiff.models.classifier import ClassifierConfig
 from jaxdiff.recipes.conditional import ConditionalModel, build_conditional_model
@@ -86,7 +86,7 @@ def train(
     seed: int,
     out: Path,
     mesh: Mesh,
-) -> tuple[Any, dict[str, float]]:
+) -> tuple[Any, Figures]:
     """Train from the last good checkpoint, or from step 0, to the end; return EMA parameters and figures."""
     checkpoints = Checkpoints(out / "checkpoints")
     state, start = checkpoints.restore(parts.state) or (parts.state, 0)
@@ -124,7 +124,7 @@ def restore_trained(
     training: TrainingSettings,
     which: str,
     mesh: Mesh,
-) -> tuple[ConditionalModel, Any, Judge, dict[str, float]]:
+) -> tuple[ConditionalModel, Any, Judge, Figures]:
     """Return model, EMA parameters, judge and the judge's figures of a finished or interrupted run.
 
     Args:
@@ -191,7 +191,7 @@ def side_by_side(model: ConditionalModel, images: np.ndarray, step: int) -> np.n
     )
 
 
-def training_figures(out: Path, parts: TrainingParts) -> dict[str, float]:
+def training_figures(out: Path, parts: TrainingParts) -> Figures:
     """Return what the log says of the training."""
     lines = read_lines(out / METRICS)
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]

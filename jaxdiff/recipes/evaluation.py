@@ -19,6 +19,7 @@ from jaxdiff.diffusion.samplers import image_keys
 from jaxdiff.diffusion.schedule import timestep_spacing
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import to_uint8, write_png
+from jaxdiff.io.runs import Figures
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.judge import Judge, bootstrap_interval, recognise
 from jaxdiff.recipes.sampling import Sampler, make_sampler, sample_pixels
@@ -63,9 +64,9 @@ def judge_samples(judge: Judge, images: UInt8[np.ndarray, "D K M H W C"], mesh: 
     return Samples(images, verdict.classes.reshape(images.shape[:3]), verdict.domains.reshape(images.shape[:3]))
 
 
-def judge_figures(model: ConditionalModel, samples: Samples, seed: int) -> dict[str, float]:
+def judge_figures(model: ConditionalModel, samples: Samples, seed: int) -> Figures:
     """Return accuracies with 95 % bootstrap intervals, by domain and by class, under the names of results.json."""
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     wanted = np.arange(len(model.class_names))[:, None]
     for d, domain in enumerate(model.domain_names):
         correct = samples.classes[d] == wanted

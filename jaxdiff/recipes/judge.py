@@ -18,7 +18,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Batch, Dataset, Splits, batches
 from jaxdiff.io.images import to_float
-from jaxdiff.io.runs import write_json
+from jaxdiff.io.runs import Figures, write_json
 from jaxdiff.mesh import put_batch
 from jaxdiff.models.classifier import Classifier, ClassifierConfig
 from jaxdiff.recipes.training import LossFn, TrainState, create_state, fit, make_optimizer, make_train_step
@@ -76,12 +76,12 @@ def train_judge(train: Dataset, num_steps: int, batch_size: int, seed: int, mesh
     return Judge(config, state.ema_params)
 
 
-def prepare_judge(splits: Splits, num_steps: int, seed: int, mesh: Mesh, run: Path) -> tuple[Judge, dict[str, float]]:
+def prepare_judge(splits: Splits, num_steps: int, seed: int, mesh: Mesh, run: Path) -> tuple[Judge, Figures]:
     """Train or load a run's judge, measure it on held-out real images, print that, and write judge.json."""
     judge = train_judge(splits.train, num_steps, JUDGE_BATCH, seed, mesh, run / "judge")
     held_out = splits.held_out
     verdict = recognise(judge, held_out.images, mesh)
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     for d, domain in enumerate(held_out.domain_names):
         here = held_out.domains == d
         figures[f"judge.real_accuracy.{domain}"] = float((verdict.classes == held_out.labels)[here].mean())

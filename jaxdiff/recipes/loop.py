@@ -59,10 +59,11 @@ class TrainingLoop:
             for result, figures in self._with_figures(results, bar):
                 state = result.state
                 due = result.step % self.settings.save_every == 0 or result.step == self.settings.train_steps
-                if due or stop.requested:
-                    self._save(result)
+                # Logged before it is saved, so that a run killed in between does not lose the line.
                 if figures:
                     self.log.write(result.step, figures)
+                if due or stop.requested:
+                    self._save(result, validate=due)
                 if (
                     self.sample
                     and result.step % self.settings.sample_every == 0
@@ -119,10 +120,11 @@ class TrainingLoop:
             )
         return loss, norm
 
-    def _save(self, result: StepResult) -> None:
-        """Save a state whose figures are finite, with its validation loss."""
+    def _save(self, result: StepResult, validate: bool) -> None:
+        """Save a state whose figures are finite, with its validation loss where one is due."""
         self._read(result.step, result.metrics)
-        loss = None if self.validation_loss is None else float(self.validation_loss(result.state.ema_params))
-        if loss is not None:
+        loss = None
+        if validate and self.validation_loss is not None:
+            loss = float(self.validation_loss(result.state.ema_params))
             self.log.write(result.step, {"validation_loss": loss})
         self.checkpoints.save(result.step, result.state, loss)
