@@ -100,7 +100,7 @@ def test_a_weighted_loss_does_not_depend_on_what_is_predicted(noisy, weighting):
         np.testing.assert_allclose(losses["v"], losses["x_0"], rtol=2e-3)
 
 
-def test_unknown_names_are_named():
+def test_unknown_names_are_named(unchecked):
     with pytest.raises(ValueError, match="unknown weighting 'p2'"):
         loss_weight(jnp.zeros(1), "p2", "eps")
     with pytest.raises(ValueError, match="unknown prediction type 'score'"):

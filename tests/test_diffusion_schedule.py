@@ -71,8 +71,8 @@ def test_spacing_as_in_diffusers(spacing, num_steps):
     assert np.all(np.diff(with_final(ours)) < 0)
 
 
-def test_wrong_values_are_named():
-    with pytest.raises(ValueError, match="num_steps must lie in 1..10, got 11"):
+def test_wrong_values_are_named(unchecked):
+    with pytest.raises(ValueError, match=r"num_steps must lie in 1\.\.10, got 11"):
         timestep_spacing("leading", 11, 10)
     with pytest.raises(ValueError, match="unknown spacing 'even'"):
         timestep_spacing("even", 5, 10)

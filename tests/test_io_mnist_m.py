@@ -208,12 +208,18 @@ def no_tensorflow(monkeypatch):
 
 
 @pytest.fixture
-def prepared(sources, script, tmp_path, monkeypatch, no_tensorflow):
+def tfds_folder(tmp_path, monkeypatch):
+    """The folder where tensorflow_datasets looks for prepared data; it reads TFDS_DATA_DIR once, on import."""
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def prepared(sources, script, tfds_folder, no_tensorflow):
     """Prepare the builder where TensorFlow cannot be imported; return the folder of its files."""
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     mnist, photos = map(str, sources)
-    assert script.main(["--mnist", mnist, "--photos", photos, "--format", "tfds", "--out", str(tmp_path)]) == 0
-    return tmp_path / "mnist_m" / "1.0.0"
+    assert script.main(["--mnist", mnist, "--photos", photos, "--format", "tfds", "--out", str(tfds_folder)]) == 0
+    return tfds_folder / "mnist_m" / "1.0.0"
 
 
 def test_tfds_round_trip_without_tensorflow(sources, prepared):
@@ -224,12 +230,11 @@ def test_tfds_round_trip_without_tensorflow(sources, prepared):
     assert load_data("tfds:mnist_m", 16).train.images.shape == (60, 16, 16, 3)
 
 
-def test_tfds_prepares_from_a_manual_folder(sources, tmp_path, monkeypatch, no_tensorflow):
+def test_tfds_prepares_from_a_manual_folder(sources, tmp_path, tfds_folder, no_tensorflow):
     import tensorflow_datasets as tfds
 
     from jaxdiff.io.mnist_m_builder import MnistM
 
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     for name, source in zip(("mnist", "photos"), sources):
         (tmp_path / "manual").mkdir(exist_ok=True)
         (tmp_path / "manual" / name).symlink_to(source)
@@ -249,8 +254,7 @@ def test_tfds_without_the_package(monkeypatch):
     refused("tfds:mnist_m", r"needs tensorflow-datasets .*: pip install 'jaxdiff\[tfds\]'")
 
 
-def test_tfds_says_how_to_prepare(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+def test_tfds_says_how_to_prepare(tfds_folder):
     refused(
         "tfds:mnist_m", r"not prepared in .*: run `python scripts/make_mnist_m.py --mnist DIR --photos DIR --format"
     )

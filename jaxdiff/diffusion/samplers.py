@@ -44,11 +44,21 @@ def starting_noise(keys: ImageKeys, image_shape: tuple[int, int, int]) -> Images
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), image_shape))(keys)
 
 
-def posterior_std(schedule: NoiseSchedule, t: Timestep, s: Timestep, eta: float = 1.0) -> Scalar:
-    """Return equation (3), exactly 0 for the step to clean data."""
+def step_variance(schedule: NoiseSchedule, t: Timestep, s: Timestep) -> Scalar:
+    """Return 1 - a_t / a_s, the variance that the forward process adds between s and t."""
     alpha_t, sigma_t = schedule.alpha_sigma(t)
     alpha_s, sigma_s = schedule.alpha_sigma(s)
-    return eta * sigma_s / sigma_t * jnp.sqrt(jnp.maximum(0.0, 1.0 - (alpha_t / alpha_s) ** 2))
+    # a_s - a_t = sigma_t^2 - sigma_s^2: the difference of the smaller pair keeps its digits in float32.
+    from_sigma = (sigma_t - sigma_s) * (sigma_t + sigma_s)
+    from_alpha = (alpha_s - alpha_t) * (alpha_s + alpha_t)
+    return jnp.where(sigma_t < alpha_t, from_sigma, from_alpha) / alpha_s**2
+
+
+def posterior_std(schedule: NoiseSchedule, t: Timestep, s: Timestep, eta: float = 1.0) -> Scalar:
+    """Return equation (3), exactly 0 for the step to clean data."""
+    _, sigma_t = schedule.alpha_sigma(t)
+    _, sigma_s = schedule.alpha_sigma(s)
+    return eta * sigma_s / sigma_t * jnp.sqrt(step_variance(schedule, t, s))
 
 
 def ddim_step(
@@ -80,9 +90,8 @@ def ddpm_step(
     """Take one ancestral step, equation (4), for any s < t and not only s = t - 1."""
     alpha_t, sigma_t = schedule.alpha_sigma(t)
     alpha_s, sigma_s = schedule.alpha_sigma(s)
-    ratio = alpha_t / alpha_s
-    of_x_0 = alpha_s * (1.0 - ratio**2) / sigma_t**2
-    of_x_t = ratio * (sigma_s / sigma_t) ** 2
+    of_x_0 = alpha_s * step_variance(schedule, t, s) / sigma_t**2
+    of_x_t = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
     return of_x_0 * prediction.x_0 + of_x_t * x_t + posterior_std(schedule, t, s) * draw()
 
 
@@ -91,7 +100,7 @@ def sample(
     x_T: Images,
     keys: ImageKeys,
     schedule: NoiseSchedule,
-    timesteps: Int[np.ndarray, "N+1"],
+    timesteps: Int[np.ndarray, "M"],
     step: Step,
     trajectory: bool = False,
 ) -> Images | tuple[Images, Trajectory]:

@@ -1,5 +1,7 @@
 """Residual block, downsampling and upsampling of the diffusion UNets (arXiv 2006.11239, appendix B)."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import repeat
@@ -32,7 +34,7 @@ class ResnetBlock(nn.Module):
     ) -> Float[Array, "B H W D"]:
         """Return features of the same height and width with `features` channels."""
 
-        def norm(name: str, activation: str | None = "silu") -> GroupNorm:
+        def norm(name: str, activation: Literal["silu"] | None = "silu") -> GroupNorm:
             return GroupNorm(
                 self.norm_num_groups, epsilon=self.norm_eps, activation=activation, dtype=self.dtype, name=name
             )
