@@ -105,9 +105,19 @@ class TrainingSettings:
         for name in ("class_dropout", "domain_dropout", "joint_dropout", "ema_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{as_flag(name)} must lie in [0, 1), got {value}")
+        require(
+            self.any_dropout <= 1,
+            "--class-dropout, --domain-dropout and --joint-dropout exclude each other and must add up to at most 1, "
+            f"got {self.any_dropout:g}",
+        )
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{as_flag(name)} must be positive and finite, got {value}")
+
+    @property
+    def any_dropout(self) -> float:
+        """The probability that an image loses its class, its domain or both."""
+        return self.joint_dropout + self.class_dropout + self.domain_dropout
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,7 @@ def require_trained_branches(sampling: SamplingSettings, training: TrainingSetti
     """Raise InputError where guidance would ask the network for a condition that it never met in training."""
     scale, domain_scale = sampling.guidance_scale, sampling.domain_scale
     require(
-        domain_scale == 1.0 or training.joint_dropout > 0 or training.class_dropout * training.domain_dropout > 0,
+        domain_scale == 1.0 or training.joint_dropout > 0,
         f"a guidance scale of {domain_scale} needs images without class and domain in training: "
         "raise --joint-dropout above 0, or use --guidance-scale 1",
     )

@@ -1,8 +1,9 @@
 """The training objective of a conditional diffusion model, with its conditions dropped at random.
 
 Classifier-free guidance (arXiv 2207.12598) needs one network that knows every combination it will be asked for.
-Each image draws one uniform number a condition: the class alone is dropped with `class_dropout`, the domain alone
-with `domain_dropout`, both together with `joint_dropout`. A dropped condition becomes its null token.
+Each image draws one uniform number, whose place decides: both are dropped with probability `joint_dropout`, the class
+alone with `class_dropout`, the domain alone with `domain_dropout`, as in arXiv 2211.09800, section 3.2.1. A dropped
+condition becomes its null token.
 """
 
 from typing import Any
@@ -23,10 +24,10 @@ def drop_conditions(
     keys: ImageKeys, condition: Condition, training: TrainingSettings, null: tuple[int, int]
 ) -> Condition:
     """Replace conditions by their null tokens, image by image."""
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (3,)))(keys)
-    both = draws[:, 2] < training.joint_dropout
-    no_class = both | (draws[:, 0] < training.class_dropout)
-    no_domain = both | (draws[:, 1] < training.domain_dropout)
+    draws = jax.vmap(jax.random.uniform)(keys)
+    both = draws < training.joint_dropout
+    no_class = draws < training.joint_dropout + training.class_dropout
+    no_domain = both | (~no_class & (draws < training.any_dropout))
     return Condition(
         jnp.where(no_class, null[0], condition.class_labels),
         jnp.where(no_domain, null[1], condition.domain_labels),
