@@ -59,10 +59,12 @@ class TrainingLoop:
             for result, figures in self._with_figures(results, bar):
                 state = result.state
                 due = result.step % self.settings.save_every == 0 or result.step == self.settings.train_steps
+                # Read once: a request that comes while this step is saved or drawn is met after the next one.
+                stopping = stop.requested and result.step < self.settings.train_steps
                 # Logged before it is saved, so that a run killed in between does not lose the line.
                 if figures:
                     self.log.write(result.step, figures)
-                if due or stop.requested:
+                if due or stopping:
                     self._save(result, validate=due)
                 if (
                     self.sample
@@ -70,7 +72,7 @@ class TrainingLoop:
                     and result.step < self.settings.train_steps
                 ):
                     self.sample(result.step, state.ema_params)
-                if stop.requested and result.step < self.settings.train_steps:
+                if stopping:
                     self.checkpoints.wait()
                     raise InterruptedRun(
                         f"stopped and saved at step {result.step} of {self.settings.train_steps}; "

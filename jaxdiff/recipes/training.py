@@ -114,7 +114,7 @@ def make_train_step(
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = jax.tree.map(lambda ema, p: decay * ema + (1 - decay) * p, state.ema_params, params)
         new_state = TrainState(state.step + 1, params, ema_params, opt_state, state.key)
-        return new_state, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        return new_state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
 
