@@ -6,8 +6,9 @@ Exit codes: 0 done, 2 the input cannot be used, 130 interrupted (saved; run agai
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -34,20 +35,55 @@ def run_command(
       The exit code.
     """
     try:
-        config = tyro.cli(config_class, prog=f"jaxdiff {name}", args=args, config=(tyro.conf.OmitArgPrefixes,))
-        paths = run(config)
+        paths = run(parse(name, config_class, sys.argv[1:] if args is None else args))
     except InterruptedRun as stop:
         print(f"\njaxdiff {name}: {stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print(f"\njaxdiff {name}: interrupted", file=sys.stderr)
+        print(f"\njaxdiff {name}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except (InputError, OSError) as error:
-        if os.environ.get("JAXDIFF_TRACEBACK"):
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None or os.environ.get("JAXDIFF_TRACEBACK"):
             raise
-        print(f"jaxdiff {name}: error: {error}", file=sys.stderr)
+        print(f"jaxdiff {name}: error: {sentence}", file=sys.stderr)
         return 2
     print("\nWritten:")
     for path in paths:
         print(f"  {path}")
     return 0
+
+
+def parse(name: str, config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
+    """Return the config that the flags describe; tyro itself answers --help and flags that it cannot read.
+
+    Raises:
+      InputError: the config refuses a value, or a value is empty.
+    """
+    for before, arg in pairwise([f"jaxdiff {name}", *args]):
+        # Else --out "$RUN" with RUN unset would mean the current folder.
+        if not arg or (arg.startswith("--") and arg.endswith("=")):
+            raise InputError(f"the value after {arg[:-1] or before} is empty; is a shell variable unset?")
+
+    # tyro breaks up and boxes what a class refuses; what the argument of a function refuses comes through.
+    def given(config):
+        return config
+
+    given.__annotations__ = {"config": Annotated[config_class, tyro.conf.arg(name="")]}
+    return tyro.cli(
+        given,
+        prog=f"jaxdiff {name}",
+        description=config_class.__doc__,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def explain(error: Exception) -> str | None:
+    """Return the sentence for an error that the user can do something about, else None."""
+    if isinstance(error, InputError | OSError):
+        return str(error)
+    # jax's own error has no type of its own for this, and importing jax here would slow --help down.
+    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+        return f"out of memory, use a smaller batch size ({next(iter(str(error).splitlines()), type(error).__name__)})"
+    return None
