@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM as a polite request: finish the step, save, leave; the second one leaves at once."""
 
-import os
 import signal
 import sys
 from types import FrameType
@@ -23,7 +22,8 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            os._exit(130)
         self.requested = True
+        # The system itself obeys the second one, because Python would only do so after the running computation.
+        for other in self._previous:
+            signal.signal(other, signal.SIG_DFL)
         print("\nstopping after this step; once more to leave at once", file=sys.stderr, flush=True)
