@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -26,17 +26,8 @@ RESULTS = "results.json"
 METRICS = "metrics.jsonl"
 Figures = dict[str, float | int]
 """Figures under the plain names that results.json gives them."""
-MADE_BY_TRAINING = (
-    "checkpoints",
-    "judge",
-    "judge.json",
-    "tensorboard",
-    "grids",
-    METRICS,
-    RESULTS,
-    "report.html",
-    CONFIG,
-)
+MADE_BY_SAMPLING = ("samples", "grid_*.png", "reverse_*.png", RESULTS, "report.html")
+MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", "tensorboard", "grids", METRICS, CONFIG)
 """In the order of deletion: the config, which tells a run from any other folder, goes last."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
@@ -56,24 +47,30 @@ def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = ()
     """
     folder = make_folder(folder)
     if start_over:
-        _delete_run(folder)
+        _delete_run(folder, config)
     check_config(folder, config, free)
+    write_json(folder / CONFIG, config)
     return folder
 
 
-def _delete_run(folder: Path) -> None:
+def _delete_run(folder: Path, config: Mapping[str, Any]) -> None:
     """Delete what an earlier run left in its folder; a folder without a run is left alone."""
-    found = [folder / name for name in MADE_BY_TRAINING if (folder / name).exists()]
-    if not (folder / CONFIG).is_file():
-        foreign = [path.name for path in found if path.name not in (RESULTS, "report.html")]
-        if foreign:
-            raise InputError(
-                f"--out {folder}: has no {CONFIG}, so {', '.join(foreign)} there may not be jaxdiff's to delete; "
-                "choose another folder"
-            )
+    trained = [folder / name for name in MADE_BY_TRAINING if (folder / name).exists()]
+    if not trained:
         return
-    for path in found:
+    if not ((folder / CONFIG).is_file() and _is_alike(read_json(folder / CONFIG), config)):
+        raise InputError(
+            f"--out {folder}: has no {CONFIG} of a run, so {', '.join(path.name for path in trained)} there may not be "
+            "jaxdiff's to delete; choose another folder"
+        )
+    sampled = [path for name in MADE_BY_SAMPLING for path in folder.glob(name)]
+    for path in sampled + trained:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_alike(old: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Tell a run's config, perhaps of another version, from another program's config.json by its fields."""
+    return 2 * len(old.keys() & config.keys()) > len(config)
 
 
 def make_folder(folder: Path) -> Path:
@@ -96,12 +93,18 @@ def read_run(folder: Path, config_class: type) -> tuple[Path, Any]:
     """Return a run folder's absolute path and the config that started the run.
 
     Raises:
-      InputError: there is no run in the folder.
+      InputError: there is no run in the folder, or its config is not one of this version.
     """
     folder = folder.expanduser().resolve()
     if not (folder / CONFIG).is_file():
         raise InputError(f"--run {folder}: no {CONFIG} there; give the --out folder of a train_cfg run")
-    return folder, from_json(config_class, read_json(folder / CONFIG))
+    flat = read_json(folder / CONFIG)
+    try:
+        if not _is_alike(flat, as_json(config_class())):
+            raise InputError("most fields are missing")
+        return folder, from_json(config_class, flat)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}: not the config of a train_cfg run ({error})") from error
 
 
 def as_json(config: Any) -> dict[str, Any]:
@@ -117,8 +120,13 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(config_class: type, flat: Mapping[str, Any]) -> Any:
-    """Rebuild a config dataclass from `as_json`; fields that a later version added keep their defaults."""
+    """Rebuild a config dataclass from `as_json`; fields that a later version added keep their defaults.
+
+    Raises:
+      TypeError, ValueError: a value does not fit its field.
+    """
     values: dict[str, Any] = {}
+    types = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         default = getattr(config_class(), field.name)
         if dataclasses.is_dataclass(default):
@@ -126,24 +134,29 @@ def from_json(config_class: type, flat: Mapping[str, Any]) -> Any:
         elif field.name in flat:
             value = flat[field.name]
             value = tuple(value) if isinstance(value, list) else value
+            choices = get_args(types[field.name]) if get_origin(types[field.name]) is Literal else (value,)
+            if value not in choices:
+                raise ValueError(f"{field.name} is {value!r}, not one of {', '.join(map(repr, choices))}")
             values[field.name] = Path(flat[field.name]) if isinstance(default, Path) else value
     return config_class(**values)
 
 
 def check_config(folder: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
-    """Write config.json, or, where a run already has one, check that this is the same run.
+    """Check that a folder holds no run yet, or this one.
 
     Args:
-      folder: run folder.
+      folder: run folder, which need not exist.
       config: from `as_json`.
       free: fields that may change between the parts of one run.
 
     Raises:
       InputError: another config started this run; the message names every differing field.
     """
-    path = folder / CONFIG
+    path = folder.expanduser() / CONFIG
     if path.exists():
         old = read_json(path)
+        if not _is_alike(old, config):
+            raise InputError(f"{path} is not the config of a run; choose another --out")
         differing = [
             f"{name} was {old.get(name)!r}, is {config.get(name)!r}"
             for name in sorted({*old, *config} - set(free))
@@ -154,7 +167,6 @@ def check_config(folder: Path, config: Mapping[str, Any], free: Collection[str])
                 f"{folder} holds a run with another config: {'; '.join(differing)}. "
                 "Choose another --out, or start over with --resume never"
             )
-    write_json(path, config)
 
 
 def read_json(path: Path) -> dict[str, Any]:
