@@ -106,14 +106,20 @@ class Checkpoints:
           step: only this one.
 
         Raises:
-          InputError: something was saved, but nothing good is left.
+          InputError: something was saved, but nothing good is left, or what is left is not like `like`.
         """
         for candidate in reversed(self.steps() if step is None else [step]):
             try:
                 return self._read(candidate, like), candidate
             except Exception as error:  # Orbax raises many types for files that do not fit
+                fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                folder = self.directory / str(candidate)
+                if (folder / DIGESTS).exists():  # and they were right when the folder was opened
+                    raise InputError(
+                        f"{folder}: whole, but of another model; did config or data change since? ({fault})"
+                    ) from error
                 self._manager.close()
-                self._set_aside(candidate, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                self._set_aside(candidate, fault)
                 self._manager = self._open()
         if any(self.directory.glob(f"{DAMAGED}*")):
             raise InputError(
@@ -135,7 +141,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, fault: str) -> None:
         """Move a damaged checkpoint out of the way, so that the one before it is used, and say so."""
-        self.report(f"checkpoint {step} is damaged ({fault}); it was set aside, the one before it is used")
+        self.report(f"{self.directory}: checkpoint {step} is damaged ({fault}); it was set aside as {DAMAGED}{step}")
         if jax.process_index() == 0:
             target = self.directory / f"{DAMAGED}{step}"
             shutil.rmtree(target, ignore_errors=True)
