@@ -47,6 +47,11 @@ def require_divisible(batch_size: int, mesh: Mesh, flag: str, parts: int = 1) ->
         )
 
 
+def round_up(number: int, mesh: Mesh) -> int:
+    """Return the smallest batch of at least `number` that splits evenly over all devices."""
+    return -(-number // mesh.size) * mesh.size
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Place this process's share of a batch (a tree of NumPy arrays) on its devices, split over the batch axis."""
     sharding = batch_split(mesh)

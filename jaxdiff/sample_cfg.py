@@ -15,7 +15,13 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff.command import run_command
-from jaxdiff.settings import SamplingSettings, require, require_at_least, require_trained_branches
+from jaxdiff.settings import (
+    SamplingSettings,
+    require,
+    require_at_least,
+    require_enough_timesteps,
+    require_trained_branches,
+)
 from jaxdiff.train_cfg import Config as TrainConfig
 
 
@@ -52,16 +58,16 @@ class Config:
 def run(config: Config) -> list[Path]:
     """Restore a run's model and judge, sample, judge and report."""
     from jaxdiff.io.runs import as_json, make_folder, read_run
-    from jaxdiff.mesh import make_mesh, require_divisible
+    from jaxdiff.mesh import make_mesh
     from jaxdiff.recipes.conditional_training import restore_trained
     from jaxdiff.recipes.digits_report import Evaluation, evaluate
     from jaxdiff.recipes.sampling import make_sampler
 
     started = time.perf_counter()
     folder, trained_with = read_run(config.run, TrainConfig)
+    require_enough_timesteps(config.sampling, trained_with.diffusion)
     require_trained_branches(config.sampling, trained_with.training)
     mesh = make_mesh(config.devices)
-    require_divisible(config.sampling.sample_batch_size, mesh, "--sample-batch-size")
     out = make_folder(config.out)
     model, params, judge, figures = restore_trained(
         folder,

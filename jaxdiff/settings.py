@@ -139,7 +139,7 @@ class SamplingSettings:
     guidance_interval: tuple[float, float] | None = None
     """Guide only at noise levels sigma/alpha in LOW HIGH (arXiv 2404.07724); None means everywhere."""
     sample_batch_size: int = 100
-    """Images sampled at once."""
+    """Images sampled at once, rounded up to a multiple of the devices."""
 
     def __post_init__(self):
         for name in ("num_steps", "sample_batch_size"):
@@ -172,6 +172,15 @@ class SamplingSettings:
     def domain_scale(self) -> float:
         """The domain's guidance scale in force."""
         return self.guidance_scale if self.domain_guidance_scale is None else self.domain_guidance_scale
+
+
+def require_enough_timesteps(sampling: SamplingSettings, diffusion: DiffusionSettings) -> None:
+    """Raise InputError where the sampler would take more steps than the model has timesteps."""
+    require(
+        sampling.num_steps <= diffusion.num_train_timesteps,
+        f"--num-steps {sampling.num_steps} is more than the {diffusion.num_train_timesteps} timesteps of training "
+        "(--num-train-timesteps)",
+    )
 
 
 def require_trained_branches(sampling: SamplingSettings, training: TrainingSettings) -> None:

@@ -23,6 +23,7 @@ from jaxdiff.settings import (
     TrainingSettings,
     require,
     require_at_least,
+    require_enough_timesteps,
     require_trained_branches,
 )
 
@@ -69,11 +70,7 @@ class Config:
             0 <= self.deliver <= self.samples_per_class,
             f"--deliver must lie in 0..{self.samples_per_class} (--samples-per-class), got {self.deliver}",
         )
-        require(
-            self.sampling.num_steps <= self.diffusion.num_train_timesteps,
-            f"--num-steps {self.sampling.num_steps} is more than the {self.diffusion.num_train_timesteps} timesteps "
-            "of --num-train-timesteps",
-        )
+        require_enough_timesteps(self.sampling, self.diffusion)
         require_trained_branches(self.sampling, self.training)
 
 
@@ -93,7 +90,7 @@ FREE = {
 def run(config: Config) -> list[Path]:
     """Load and check the data, train judge and model, sample, judge and report."""
     from jaxdiff.io.datasets import describe, load_data
-    from jaxdiff.io.runs import as_json, open_run
+    from jaxdiff.io.runs import MADE_BY_TRAINING, as_json, check_config, open_run
     from jaxdiff.mesh import make_mesh, require_divisible
     from jaxdiff.recipes.conditional_training import build_training, train
     from jaxdiff.recipes.digits_report import Evaluation, evaluate
@@ -103,13 +100,15 @@ def run(config: Config) -> list[Path]:
     started = time.perf_counter()
     mesh = make_mesh(config.devices)
     require_divisible(config.training.batch_size, mesh, "--batch-size", config.training.accumulation_steps)
-    require_divisible(config.sampling.sample_batch_size, mesh, "--sample-batch-size")
+    if config.resume == "auto":
+        check_config(config.out, as_json(config), FREE)
     splits = load_data(config.data, config.image_size)
     print(describe(splits))
-    out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
     parts = build_training(
         splits.train, config.preset, config.dtype, config.diffusion, config.training, config.seed, mesh
     )
+    # Only now, because a folder that holds a config is taken for a run, and nothing above may spoil an older one.
+    out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
     sampler = make_sampler(parts.model, config.sampling, mesh)
     judge, judged = prepare_judge(splits, config.judge_steps, config.seed, mesh, out)
     params, trained = train(
@@ -128,7 +127,8 @@ def run(config: Config) -> list[Path]:
         deliver=config.deliver,
         mesh=mesh,
     )
-    return evaluate(task, judged | trained, as_json(config), started)
+    written = evaluate(task, judged | trained, as_json(config), started)
+    return [path for name in MADE_BY_TRAINING if (path := out / name).exists()] + written
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -137,8 +137,10 @@ def restore_trained(
       mesh: devices.
 
     Raises:
-      InputError: the run has no checkpoint yet.
+      InputError: the run has no judge or no such checkpoint yet.
     """
+    if not (run / JUDGE).is_file():
+        raise InputError(f"{run}: its judge is not trained yet; run train_cfg again, to the end")
     record = read_json(run / JUDGE)
     class_names, domain_names = tuple(record["class_names"]), tuple(record["domain_names"])
     height, width, channels = record["image_shape"]
@@ -147,7 +149,10 @@ def restore_trained(
     optimizer, _ = optimizer_of(training)
     like = create_state(model.init(jax.random.key(0)), optimizer, jax.random.key(0), mesh)
     checkpoints = Checkpoints(run / "checkpoints")
-    restored = checkpoints.restore(like, checkpoints.best_step() if which == "best" else None)
+    best = checkpoints.best_step() if which == "best" else None
+    if which == "best" and best is None and checkpoints.steps():
+        raise InputError(f"{run}: no checkpoint there has a loss on held-out images yet; use --checkpoint last")
+    restored = checkpoints.restore(like, best)
     checkpoints.close()
     if restored is None:
         raise InputError(f"{run}: no checkpoint there yet; run train_cfg first")
@@ -197,9 +202,10 @@ def training_figures(out: Path, parts: TrainingParts) -> Figures:
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
     losses = [line["loss"] for line in lines if "loss" in line]
     checked = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    return {
-        "training.parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.state.params)),
-        "training.images_per_second": float(np.median(rates)),
-        "training.final_loss": losses[-1],
-        "training.final_validation_loss": checked[-1],
-    }
+    figures: Figures = {"training.parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.state.params))}
+    # A finished run that has lost its log is still sampled and judged.
+    if rates and losses:
+        figures |= {"training.images_per_second": float(np.median(rates)), "training.final_loss": losses[-1]}
+    if checked:
+        figures["training.final_validation_loss"] = checked[-1]
+    return figures

@@ -20,6 +20,7 @@ from jaxdiff.diffusion.schedule import timestep_spacing
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import to_uint8, write_png
 from jaxdiff.io.runs import Figures
+from jaxdiff.mesh import round_up
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.judge import Judge, bootstrap_interval, recognise
 from jaxdiff.recipes.sampling import Sampler, make_sampler, sample_pixels
@@ -47,12 +48,13 @@ def draw_samples(
     batch_size: int,
     mesh: Mesh,
 ) -> UInt8[np.ndarray, "D K M H W C"]:
-    """Sample `per_class` images of each class in each domain."""
+    """Sample `per_class` images of each class in each domain, at least `batch_size` at once."""
     shape = len(model.domain_names), len(model.class_names), per_class
     domains, classes, noises = (axis.ravel().astype(np.int32) for axis in np.indices(shape))
+    at_once = round_up(batch_size, mesh)
     parts = []
     with tqdm(total=len(noises), unit="image", desc="sampling", dynamic_ncols=True, leave=False) as bar:
-        for part in sample_pixels(sampler, params, seed, noises, Condition(classes, domains), batch_size, mesh):
+        for part in sample_pixels(sampler, params, seed, noises, Condition(classes, domains), at_once, mesh):
             parts.append(part)
             bar.update(len(part))
     return np.concatenate(parts).reshape(*shape, *model.image_shape)
@@ -105,10 +107,7 @@ def reverse_strips(
     """Draw, for each domain, the reverse process of the first image of the first class: x_t and its clean image."""
     sampler = make_sampler(model, settings, mesh, trajectory=True)
     # Repeated up to a multiple of the devices, because a batch must split over them.
-    domains = np.resize(
-        np.arange(len(model.domain_names), dtype=np.int32),
-        -(-len(model.domain_names) // mesh.size) * mesh.size,
-    )
+    domains = np.resize(np.arange(len(model.domain_names), dtype=np.int32), round_up(len(model.domain_names), mesh))
     zeros = np.zeros_like(domains)
     _, trajectory = sampler(params, image_keys(jax.random.key(seed), jnp.asarray(zeros)), Condition(zeros, domains))
     taken = np.unique(np.linspace(0, settings.num_steps, SNAPSHOTS).round().astype(int))
@@ -136,6 +135,9 @@ def deliver(
 ) -> list[Path]:
     """Write `{domain}/{class}_{001..}.png`, the layout that the course's grader reads; return the domain folders."""
     for d, domain in enumerate(model.domain_names):
+        # An earlier, larger delivery would leave pictures of another model or guidance behind.
+        for old in (folder / domain).glob("*_[0-9][0-9][0-9]*.png"):
+            old.unlink()
         for k, name in enumerate(model.class_names):
             for n in range(per_class):
                 write_png(folder / domain / f"{name}_{n + 1:03d}.png", images[d, k, n])

@@ -19,14 +19,14 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Batch, Dataset, Splits, batches
 from jaxdiff.io.images import to_float
 from jaxdiff.io.runs import Figures, write_json
-from jaxdiff.mesh import put_batch
+from jaxdiff.mesh import put_batch, round_up
 from jaxdiff.models.classifier import Classifier, ClassifierConfig
 from jaxdiff.recipes.training import LossFn, TrainState, create_state, fit, make_optimizer, make_train_step
 from jaxdiff.shapes import ImageKeys
 
 JUDGE = "judge.json"
 JUDGE_BATCH = 128
-"""Images of a training step of the judge; any number of devices that it splits over."""
+"""Images of a training step of the judge, or a few more where they do not split over the devices."""
 
 
 class Judge(NamedTuple):
@@ -62,7 +62,8 @@ def train_judge(train: Dataset, num_steps: int, batch_size: int, seed: int, mesh
     height, width, channels = train.images.shape[1:]
     optimizer, state = initial_judge(config, (height, width, channels), num_steps, seed, mesh)
     checkpoints = Checkpoints(directory, keep_last=1)
-    restored = checkpoints.restore(state)
+    # A damaged judge is trained again rather than mourned: that takes minutes, and the run beside it is untouched.
+    restored = checkpoints.restore(state) if checkpoints.steps() else None
     if restored is not None and restored[1] == num_steps:
         state = restored[0]
     else:
@@ -78,7 +79,7 @@ def train_judge(train: Dataset, num_steps: int, batch_size: int, seed: int, mesh
 
 def prepare_judge(splits: Splits, num_steps: int, seed: int, mesh: Mesh, run: Path) -> tuple[Judge, Figures]:
     """Train or load a run's judge, measure it on held-out real images, print that, and write judge.json."""
-    judge = train_judge(splits.train, num_steps, JUDGE_BATCH, seed, mesh, run / "judge")
+    judge = train_judge(splits.train, num_steps, round_up(JUDGE_BATCH, mesh), seed, mesh, run / "judge")
     held_out = splits.held_out
     verdict = recognise(judge, held_out.images, mesh)
     figures: Figures = {}
@@ -101,14 +102,14 @@ def load_judge(run: Path, config: ClassifierConfig, image_shape: tuple[int, int,
     """Load the finished judge of a run.
 
     Raises:
-      InputError: the run stopped before its judge was trained.
+      InputError: there is none, or it is damaged.
     """
     _, state = initial_judge(config, image_shape, 1, 0, mesh)
     checkpoints = Checkpoints(run / "judge", keep_last=1)
-    restored = checkpoints.restore(state)
+    restored = checkpoints.restore(state) if checkpoints.steps() else None
     checkpoints.close()
     if restored is None:
-        raise InputError(f"{run}: its judge was never trained; run train_cfg to the end first")
+        raise InputError(f"{run}: its judge is missing or damaged; run train_cfg again, which trains it")
     return Judge(config, restored[0].ema_params)
 
 
