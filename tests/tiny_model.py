@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.io.images import to_float
+from jaxdiff.models.classifier import Classifier, ClassifierConfig
 from jaxdiff.models.unet import UNet, UNetConfig
 from jaxdiff.recipes.conditional import ConditionalModel
+from jaxdiff.recipes.judge import Judge
 
 T = 50
 SHAPE = (4, 4, 3)
@@ -36,3 +39,20 @@ def random_params(init, *args, scale: float = 0.2):
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(init, jax.random.key(0), *args)
     return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
+
+
+def untrained_judge(images, num_classes: int, num_domains: int):
+    """Return a judge that was never trained but gives several answers, and its answers as NumPy finds them.
+
+    Logits of random weights differ little between images; without their mean over the images, the answers vary.
+    """
+    config = ClassifierConfig(num_classes, num_domains, channels=(16,))
+    network = Classifier(config)
+    params = random_params(network.init, jnp.zeros((1, *images.shape[1:])), scale=1.0)["params"]
+    answers = []
+    logits = network.apply({"params": params}, jnp.asarray(to_float(images)))
+    for name, head in zip(("class_head", "domain_head"), logits):
+        params[name]["bias"] -= head.mean(axis=0)
+        answers.append(np.argmax(head - head.mean(axis=0, keepdims=True), axis=-1))
+    assert all(len(np.unique(answer)) > 1 for answer in answers)
+    return Judge(config, params), answers
