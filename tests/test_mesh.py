@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import InputError
-from jaxdiff.mesh import make_mesh, put_batch, replicated, require_divisible
+from jaxdiff.mesh import make_mesh, put_batch, replicated, require_divisible, round_up
 
 
 class Pair(NamedTuple):
@@ -42,6 +42,11 @@ def test_a_batch_that_does_not_split_names_flag_value_and_fix(batch_size, device
 @pytest.mark.parametrize(("batch_size", "devices", "parts"), [(16, 8, 2), (8, 8, 1), (7, 1, 1), (9, 3, 3)])
 def test_a_batch_that_splits_is_let_through(batch_size, devices, parts):
     require_divisible(batch_size, make_mesh(devices), "--batch-size", parts)
+
+
+@pytest.mark.parametrize(("number", "devices", "batch"), [(1, 8, 8), (8, 8, 8), (9, 8, 16), (5, 1, 5), (128, 3, 129)])
+def test_a_batch_is_rounded_up_to_one_that_splits(number, devices, batch):
+    assert round_up(number, make_mesh(devices)) == batch
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])

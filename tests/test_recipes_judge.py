@@ -1,5 +1,7 @@
 """The judge: it learns what is easy, is loaded instead of trained twice, and counts as other libraries count."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -105,8 +107,19 @@ def easy(number, seed):
 STEPS = 30
 
 
+CONFIG = ClassifierConfig(2, 2, channels=(16, 16))
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def narrow():
+    """Judges are made narrower than they are, to be compiled sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "ClassifierConfig", partial(ClassifierConfig, channels=CONFIG.channels))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(narrow, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     splits = Splits(easy(256, 0), easy(101, 1))
     return run, splits, *prepare_judge(splits, STEPS, 0, make_mesh(1), run)
@@ -150,9 +163,9 @@ def test_a_trained_judge_is_loaded_and_not_trained_again(trained, monkeypatch):
     again, again_figures = prepare_judge(splits, STEPS, 0, make_mesh(8), run)
     assert_same_judge(again, judge)
     assert again_figures == figures
-    assert_same_judge(load_judge(run, ClassifierConfig(2, 2), (4, 4, 3), make_mesh(1)), judge)
+    assert_same_judge(load_judge(run, CONFIG, (4, 4, 3), make_mesh(1)), judge)
 
 
 def test_a_judge_that_was_never_trained_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"its judge .* run train_cfg"):
-        load_judge(tmp_path, ClassifierConfig(2, 2), (4, 4, 3), make_mesh(1))
+        load_judge(tmp_path, CONFIG, (4, 4, 3), make_mesh(1))

@@ -153,31 +153,30 @@ def test_min_snr_weights_reach_the_loss():
 
 @pytest.fixture(scope="module")
 def unet():
+    """A tiny UNet, its parameters, and its jitted loss."""
     model = tiny_model(tiny_unet())
-    return model, random_params(model.init)
+    return model, random_params(model.init), jax.jit(make_diffusion_loss(model, settings_of("v"), DROPOUT))
 
 
-def jitted_loss(model, training):
-    return jax.jit(make_diffusion_loss(model, settings_of("v"), training))
+DROPOUT = TrainingSettings(class_dropout=0.3, domain_dropout=0.3, joint_dropout=0.3)
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_images(unet):
-    model, params = unet
-    loss_fn = jitted_loss(model, TrainingSettings(class_dropout=0.3, domain_dropout=0.3, joint_dropout=0.3))
-    batch, keys = batch_of(5), keys_of(5)
-    alone = [float(loss_fn(params, Batch(*(leaf[i : i + 1] for leaf in batch)), keys[i : i + 1])) for i in range(5)]
+    _, params, loss_fn = unet
+    batch, keys = batch_of(8), keys_of(8)
+    alone = [float(loss_fn(params, Batch(*(leaf[i : i + 1] for leaf in batch)), keys[i : i + 1])) for i in range(8)]
     assert np.ptp(alone) > 0.01
     assert float(loss_fn(params, batch, keys)) == pytest.approx(np.mean(alone), abs=FLOAT32_ATOL)
 
 
 def test_bfloat16_is_close_to_float32_and_parameters_stay_float32(unet):
-    model, params = unet
-    low = dataclasses.replace(model, network=tiny_unet(dtype=jnp.bfloat16))
+    model, params, loss_fn = unet
+    low = dataclasses.replace(model, network=tiny_unet(jnp.bfloat16))
+    low_loss_fn = make_diffusion_loss(low, settings_of("v"), DROPOUT)
     batch, keys = batch_of(8), keys_of(8)
-    loss_fn = jitted_loss(low, NO_DROPOUT)
     made = jax.eval_shape(low.init, jax.random.key(0))
-    value_and_gradient = jax.eval_shape(jax.value_and_grad(loss_fn), params, batch, keys)
+    value_and_gradient = jax.eval_shape(jax.value_and_grad(low_loss_fn), params, batch, keys)
     assert {leaf.dtype for leaf in jax.tree.leaves((made, value_and_gradient))} == {jnp.dtype("float32")}
-    value, full = (float(fn(params, batch, keys)) for fn in (loss_fn, jitted_loss(model, NO_DROPOUT)))
+    value, full = float(jax.jit(low_loss_fn)(params, batch, keys)), float(loss_fn(params, batch, keys))
     # bfloat16 keeps 8 bits, half a unit of which is 0.2 %; some ten layers and a square add up to a few times that.
     assert 0 < abs(value - full) / full < 0.02

@@ -119,11 +119,8 @@ BOTH = colours_of(*CONDITION)
 @pytest.mark.parametrize(
     ("scale", "domain_scale", "branches", "sampler"),
     [
-        (1.0, None, 1, "ddim"),
-        (0.0, None, 1, "ddim"),
         (2.5, None, 2, "ddim"),
         (2.5, None, 2, "ddpm"),
-        (0.5, 0.5, 2, "ddim"),
         (3.0, 1.0, 2, "ddim"),
         (0.0, 1.0, 1, "ddim"),
         (3.0, 1.5, 3, "ddim"),
@@ -141,9 +138,10 @@ def test_guidance_gives_its_closed_form_at_its_price(scale, domain_scale, branch
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(0.0, NOTHING), (1.0, BOTH)])
-def test_guidance_is_exact_at_both_ends(scale, expected):
-    images, _ = paint(SamplingSettings(num_steps=2, guidance_scale=scale))
+def test_guidance_is_exact_at_both_ends_and_costs_one_evaluation_a_step(scale, expected):
+    images, evaluations = paint(SamplingSettings(num_steps=2, guidance_scale=scale))
     np.testing.assert_array_equal(images, expected.astype(np.float32))
+    assert evaluations == [N, N]
 
 
 def test_an_interval_guides_inside_and_is_the_cheaper_conditional_prediction_outside():
