@@ -66,10 +66,9 @@ def parse(name: str, config_class: type[ConfigType], args: Sequence[str]) -> Con
             raise InputError(f"the value after {arg[:-1] or before} is empty; is a shell variable unset?")
 
     # tyro breaks up and boxes what a class refuses; what the argument of a function refuses comes through.
-    def given(config):
+    def given(config: Annotated[config_class, tyro.conf.arg(name="")]):  # type: ignore[valid-type]
         return config
 
-    given.__annotations__ = {"config": Annotated[config_class, tyro.conf.arg(name="")]}
     return tyro.cli(
         given,
         prog=f"jaxdiff {name}",
@@ -83,7 +82,8 @@ def explain(error: Exception) -> str | None:
     """Return the sentence for an error that the user can do something about, else None."""
     if isinstance(error, InputError | OSError):
         return str(error)
-    # jax's own error has no type of its own for this, and importing jax here would slow --help down.
-    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+    # Told by its name, because importing jax here would slow --help down.
+    on_device = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
+    if on_device or isinstance(error, MemoryError):
         return f"out of memory, use a smaller batch size ({next(iter(str(error).splitlines()), type(error).__name__)})"
     return None

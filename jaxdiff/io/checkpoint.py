@@ -34,8 +34,9 @@ class Checkpoints:
         self.report = report
         self._keep_last = keep_last
         self._undigested: int | None = None
-        # Orbax and absl announce routine work as warnings; their errors still come through as exceptions.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax announces routine work as warnings, and prints its errors before they come through as exceptions.
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
         # Before Orbax opens the folder, because it reads some of the files and fails on damaged ones.
         for folder in sorted(self.directory.glob("[0-9]*")):
             if folder.name.isdecimal() and (fault := find_damage(folder)):
@@ -84,9 +85,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait for the write in progress, raise what went wrong in it, and seal it with digests."""
-        self._manager.wait_until_finished()
-        if self._undigested is not None:
-            step, self._undigested = self._undigested, None
+        step, self._undigested = self._undigested, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax raises many types for a full or broken disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{self.directory}: checkpoint {step} cannot be written ({reason})") from error
+        if step is not None:
             folder = self.directory / str(step)
             if not folder.is_dir():
                 raise OSError(f"{folder}: the checkpoint is not there after its write ended")
