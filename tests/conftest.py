@@ -1,5 +1,6 @@
 """Shared test settings: eight CPU devices, strict ranks, and the tolerances with their reasons."""
 
+import functools
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -7,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from commands import TINY_RUN, finish, start
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -18,6 +21,49 @@ def unchecked(monkeypatch):
     from jaxtyping import config
 
     monkeypatch.setattr(config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def quick_settings(tmp_path_factory):
+    """Settings of jax for tests of whole commands, which compile the same few programs again and again."""
+    return {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+        "jax_disable_most_optimizations": True,
+        # As above: a program is only found in the cache by a process of the same settings.
+        "jax_numpy_rank_promotion": "raise",
+        "jax_default_matmul_precision": "highest",
+    }
+
+
+@pytest.fixture(scope="module")
+def quick_commands(quick_settings):
+    """Compile quickly, and only once, in this process and in those that it starts; draw the digits once."""
+    from jaxdiff.io import digits
+
+    # jax.config shows all of them but the optimisations, which are on unless they are turned off.
+    before = {name: getattr(jax.config, name, False) for name in quick_settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quick_settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        patch.setattr(digits, "embedded_digits", functools.cache(digits.embedded_digits))
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    # Nothing compiled without optimisation is left to tests that compare numbers.
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, quick_settings):
+    """Train the tiny run in a process of its own; return its folder, which no test may change, and its answer."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    environment = {name.upper(): str(value) for name, value in quick_settings.items()}
+    return folder, finish(start("jaxdiff.train_cfg", *TINY_RUN, f"--out={folder}", environment=environment))
 
 
 FLOAT32_ATOL = 1e-5

@@ -107,3 +107,24 @@ def test_a_save_survives_the_donation_of_its_buffers(tmp_path):
     )
     checkpoints.close()
     assert_same(Checkpoints(tmp_path / "c").restore(state_at(0))[0], state_at(3))
+
+
+def test_a_whole_checkpoint_of_another_model_is_refused_and_kept(saved):
+    before = sorted(path.name for path in saved.iterdir())
+    other = state_at(0)
+    other = other.replace(params={"dense": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(3)}})
+    with pytest.raises(InputError, match=r"5: whole, but of another model; did config or data change since\?"):
+        Checkpoints(saved).restore(other)
+    assert sorted(path.name for path in saved.iterdir()) == before
+
+
+def test_a_disk_that_is_full_is_told_by_the_step_that_was_not_saved(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(3, state_at(3))
+
+    def fail():
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nmore about it")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+    with pytest.raises(OSError, match=r"checkpoint 3 cannot be written \(.*No space left on device\)$"):
+        checkpoints.close()

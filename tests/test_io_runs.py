@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +75,33 @@ def test_a_damaged_config_is_one_sentence(tmp_path, text):
         runs.open_run(tmp_path, {"a": 1})
 
 
+@dataclass(frozen=True)
+class Choosy:
+    name: Literal["one", "two"] = "one"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise InputError(f"--seed must be at least 0, got {self.seed}")
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({"name": "three", "seed": 1}, "name is 'three', not one of 'one', 'two'"),
+        ({"name": "one", "seed": "x"}, "'<' not supported"),
+        ({"name": "two", "seed": -1}, "--seed must be at least 0, got -1"),
+        ({"name": ["one"], "seed": 1}, "name is"),
+        ({"seed": 1}, "most fields are missing"),
+    ],
+)
+def test_an_edited_config_is_one_sentence(tmp_path, config, fault):
+    runs.write_json(tmp_path / "config.json", config)
+    with pytest.raises(InputError, match="not the config of a train_cfg run") as caught:
+        runs.read_run(tmp_path, Choosy)
+    assert fault in str(caught.value)
+
+
 def test_a_folder_without_a_run_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         runs.read_run(tmp_path, Outer)
@@ -117,6 +145,33 @@ def test_starting_over_never_deletes_what_no_run_made(tmp_path):
         runs.open_run(tmp_path, {"a": 1}, start_over=True)
     assert (tmp_path / "checkpoints" / "thesis").read_text() == "mine"
     assert not (tmp_path / "config.json").exists()
+
+
+def test_another_programs_config_is_neither_taken_for_a_run_nor_deleted(tmp_path):
+    text = json.dumps({"architectures": ["GPT2"], "seed": 0})
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "checkpoints").mkdir()
+    config = {"seed": 0, "out": "a", "steps": 3}
+    with pytest.raises(InputError, match=r"not the config of a run; choose another"):
+        runs.open_run(tmp_path, config)
+    with pytest.raises(InputError, match=r"checkpoints, config.json there may not be jaxdiff's to delete"):
+        runs.open_run(tmp_path, config, start_over=True)
+    assert (tmp_path / "config.json").read_text() == text
+    assert (tmp_path / "checkpoints").exists()
+
+
+def test_starting_over_deletes_the_pictures_of_the_old_model(tmp_path):
+    runs.open_run(tmp_path, {"a": 1})
+    for name in ("grid_m.png", "reverse_m.png", "samples/m/0_001.png", "results.json", "grid_of_mine.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    runs.open_run(tmp_path, {"a": 1}, start_over=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "grid_of_mine.jpg"]
+
+
+def test_checking_a_config_writes_nothing(tmp_path):
+    runs.check_config(tmp_path / "new", {"a": 1}, ())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_starting_over_does_not_follow_links(tmp_path):
