@@ -132,7 +132,7 @@ class SamplingSettings:
     """Which of the T timesteps the steps visit (arXiv 2305.08891, table 2)."""
     eta: float | None = None
     """Share of DDPM's noise in a DDIM step, 0 (none) to 1 (all); None means 0. Only with --sampler ddim."""
-    guidance_scale: float = 2.0
+    guidance_scale: float = 4.0
     """Classifier-free guidance g = 1 + w of arXiv 2207.12598: 0 unconditional, 1 conditional, more is stronger."""
     domain_guidance_scale: float | None = None
     """The same for the domain alone; None means equal to --guidance-scale, which costs less."""

@@ -47,7 +47,7 @@ class Config:
     image_size: int | None = None
     """Height and width in pixels to resize to; None keeps the data's own."""
     preset: Literal["tiny", "small", "base"] = "tiny"
-    """UNet: tiny 3.1 M, small 4.4 M or base 27.2 M parameters."""
+    """UNet: tiny 3.0 M, small 4.4 M or base 27.2 M parameters."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the network computes in; parameters and schedule stay float32."""
     diffusion: Annotated[DiffusionSettings, Group] = field(default_factory=DiffusionSettings)

@@ -30,10 +30,19 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        flat = x.astype(jnp.float32).reshape(x.shape[0], -1, self.num_groups, channels // self.num_groups)
-        centred = flat - jnp.mean(flat, axis=(1, 3), keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.mean(centred**2, axis=(1, 3), keepdims=True) + self.epsilon)
-        y = (centred * inverse).reshape(x.shape[0], -1, channels) * scale[None, None] + bias[None, None]
+        # Statistics of channels first, of groups from those: the pixels are read once and written once. Reducing over
+        # pixels and channels together takes XLA three times as long on a CPU.
+        pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+        mean = self._of_groups(jnp.mean(pixels, axis=1))
+        variance = self._of_groups(jnp.mean(jnp.square(pixels), axis=1)) - jnp.square(mean)
+        gain = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon) * scale[None]
+        shift = bias[None] - mean * gain
+        y = pixels * gain[:, None] + shift[:, None]
         if self.activation == "silu":
             y = jax.nn.silu(y)
         return y.reshape(x.shape).astype(self.dtype)
+
+    def _of_groups(self, of_channels: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        """Average a statistic over each group of channels and give it back to every channel of the group."""
+        grouped = of_channels.reshape(of_channels.shape[0], self.num_groups, -1)
+        return jnp.repeat(jnp.mean(grouped, axis=-1), grouped.shape[-1], axis=1)

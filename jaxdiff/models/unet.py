@@ -68,10 +68,11 @@ class UNetConfig:
 
 PRESETS: dict[str, dict] = {
     "tiny": {
-        "block_out_channels": (128,),
-        "layers_per_block": 2,
-        "attention": (True,),
-        "patch_size": 4,
+        "block_out_channels": (64, 128),
+        "layers_per_block": 1,
+        "attention": (False, True),
+        "norm_num_groups": 8,
+        "patch_size": 2,
         "scale_shift": True,
     },
     "small": {"block_out_channels": (64, 128, 128), "layers_per_block": 1, "norm_num_groups": 32},

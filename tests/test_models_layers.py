@@ -1,0 +1,94 @@
+"""Convolution, group normalization, attention and embeddings against flax.linen and torch, gradients included."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import FLOAT32_ATOL
+from diffusers.models.embeddings import get_timestep_embedding
+
+from jaxdiff.models.convolution import Conv
+from jaxdiff.models.embeddings import ConditionEmbedding, sinusoidal_embedding
+from jaxdiff.models.normalization import GroupNorm
+
+X = jax.random.normal(jax.random.key(0), (3, 6, 8, 16))
+
+
+def output_and_gradients(net, params, x):
+    """Return the output, and the gradients of a weighted sum of it by parameters and input."""
+    out, pull = jax.vjp(lambda params, x: net.apply({"params": params}, x), params, x)
+    return out, *pull(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+
+def assert_same(ours, theirs, params, x):
+    for a, b in zip(jax.tree.leaves(output_and_gradients(ours, params, x)), output_leaves(theirs, params, x)):
+        # Gradients of a kernel are sums over 144 pixels.
+        np.testing.assert_allclose(a, b, atol=10 * FLOAT32_ATOL)
+
+
+def output_leaves(net, params, x):
+    return jax.tree.leaves(output_and_gradients(net, params, x))
+
+
+@pytest.mark.parametrize(("kernel_size", "strides", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (5, 1, 2)])
+def test_convolution_as_in_flax(kernel_size, strides, padding):
+    theirs = nn.Conv(24, (kernel_size,) * 2, strides, padding)
+    params = theirs.init(jax.random.key(1), X)["params"]
+    params = {**params, "bias": jnp.linspace(-1, 1, 24)}
+    assert_same(Conv(24, kernel_size, strides, padding), theirs, params, X)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_group_norm_as_in_flax(groups, activation):
+    class Theirs(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False, name="norm")(x)
+            return y if activation is None else nn.silu(y)
+
+    params = {"scale": jnp.linspace(0.5, 2, 16), "bias": jnp.linspace(-1, 1, 16)}
+    # Off centre and of unequal spread, as features are.
+    x = 3 + X * jnp.linspace(0.1, 2, 16)[None, None, None]
+    theirs = output_leaves(Theirs(), {"norm": params}, x)
+    ours = output_leaves(GroupNorm(groups, activation=activation), params, x)
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a, b, atol=20 * FLOAT32_ATOL, rtol=1e-4)
+
+
+def test_group_norm_of_a_constant_is_its_bias():
+    # The variance, a difference of two equal numbers, must not round to below zero.
+    net = GroupNorm(4)
+    params = {"scale": jnp.ones(16), "bias": jnp.arange(16.0)}
+    out = net.apply({"params": params}, jnp.full((2, 4, 4, 16), 1234.567))
+    # One part in 10^7 of 1234, over a standard deviation of sqrt(epsilon).
+    np.testing.assert_allclose(out, jnp.broadcast_to(jnp.arange(16.0), out.shape), atol=0.1)
+
+
+def test_group_norm_keeps_float32_statistics_in_bfloat16():
+    x = (100 + X).astype(jnp.bfloat16)
+    params = {"scale": jnp.ones(16), "bias": jnp.zeros(16)}
+    low = GroupNorm(4, dtype=jnp.bfloat16).apply({"params": params}, x)
+    full = GroupNorm(4).apply({"params": params}, x.astype(jnp.float32))
+    assert low.dtype == jnp.bfloat16
+    # Only the result is rounded, to 8 bits; statistics in bfloat16 would lose the whole signal on top of 100.
+    np.testing.assert_allclose(low.astype(jnp.float32), full, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_sinusoids_as_in_diffusers(flip, shift):
+    t = np.array([0, 1, 37, 999])
+    theirs = get_timestep_embedding(torch.from_numpy(t), 32, flip, shift)
+    ours = sinusoidal_embedding(jnp.asarray(t), 32, flip, shift)
+    # sin(999) in float32 knows its argument to 6e-5.
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-4)
+
+
+def test_condition_embedding_looks_rows_up():
+    net = ConditionEmbedding(3, 8)
+    table = jax.random.normal(jax.random.key(2), (4, 8))
+    out = net.apply({"params": {"embedding": table}}, jnp.array([3, 0, 2]))
+    np.testing.assert_allclose(out, table[jnp.array([3, 0, 2])], atol=FLOAT32_ATOL)
