@@ -61,7 +61,7 @@ class DiffusionSettings:
 class TrainingSettings:
     """Optimisation, condition dropout, and how often things are written."""
 
-    train_steps: int = 1500
+    train_steps: int = 2000
     """Training steps."""
     batch_size: int = 64
     """Images of a training step, over all devices."""
