@@ -13,6 +13,7 @@ import time
 from html.parser import HTMLParser
 from importlib import metadata
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,8 +22,13 @@ from commands import TINY_RUN, finish, run_here, start
 from PIL import Image
 
 from jaxdiff import train_cfg
+from jaxdiff.io.datasets import load_data
 from jaxdiff.io.digits import DOMAINS, embedded_digits
 from jaxdiff.io.runs import tree_hash
+from jaxdiff.mesh import make_mesh
+from jaxdiff.recipes import judge
+from jaxdiff.recipes.conditional_training import training_figures
+from jaxdiff.recipes.digits_report import loss_section
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 
@@ -257,6 +263,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_result(
     assert re.findall(r"(\w+): checkpoint (\d) is damaged", again.out) == [("judge", "5"), ("checkpoints", "8")]
     assert "going on from step 4 of 8" in again.out
     assert results(copied_run)["hashes"] == results(finished_run[0])["hashes"]
+
+
+def test_a_finished_run_that_lost_its_log_can_still_be_reported(tmp_path, unchecked):
+    params = {"kernel": np.zeros((3, 4)), "bias": np.zeros(4)}
+    figures = training_figures(tmp_path, SimpleNamespace(state=SimpleNamespace(params=params)))
+    assert figures == {"training.parameters": 16}
+    assert loss_section(tmp_path).blocks[0].svg(narrow=False)
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_the_judge_learns_from_batches_that_split_over_any_number_of_devices(tmp_path, monkeypatch, devices):
+    seen = []
+
+    def train_judge(train, num_steps, batch_size, *_):
+        seen.append(batch_size)
+        raise InterruptedError
+
+    monkeypatch.setattr(judge, "train_judge", train_judge)
+    with pytest.raises(InterruptedError):
+        judge.prepare_judge(load_data("digits"), 1, 0, make_mesh(devices), tmp_path)
+    assert seen[0] % devices == 0
+    assert 128 <= seen[0] < 128 + devices
 
 
 def test_another_config_is_refused_by_name_until_the_run_is_started_over(finished_run, copied_run):

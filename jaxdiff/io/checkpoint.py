@@ -117,7 +117,7 @@ class Checkpoints:
             try:
                 return self._read(candidate, like), candidate
             except Exception as error:  # Orbax raises many types for files that do not fit
-                fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                fault = f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
                 folder = self.directory / str(candidate)
                 if (folder / DIGESTS).exists():  # and they were right when the folder was opened
                     raise InputError(
