@@ -416,6 +416,13 @@ def test_a_loss_that_is_not_finite_names_its_step_and_is_never_saved(
     assert_last_step(loop, loop.run(tmp_path))
 
 
+def test_a_validation_loss_that_is_not_finite_is_not_saved_either(loop, tmp_path):
+    losses = iter([1.0, float("inf")])
+    with pytest.raises(InputError, match=r"diverged at step 4: validation loss inf\. .* is step 2"):
+        loop.run(tmp_path, validation_loss=lambda _: jnp.float32(next(losses)), save_every=2)
+    assert loop.saved(tmp_path)[0] == [2]
+
+
 @pytest.mark.parametrize(
     ("number", "during"),
     [

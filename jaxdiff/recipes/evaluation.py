@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
 
 from jaxdiff.diffusion.samplers import image_keys
 from jaxdiff.diffusion.schedule import timestep_spacing
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import to_uint8, write_png
+from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import Figures
 from jaxdiff.mesh import round_up
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
@@ -53,7 +53,7 @@ def draw_samples(
     domains, classes, noises = (axis.ravel().astype(np.int32) for axis in np.indices(shape))
     at_once = round_up(batch_size, mesh)
     parts = []
-    with tqdm(total=len(noises), unit="image", desc="sampling", dynamic_ncols=True, leave=False) as bar:
+    with progress_bar(len(noises), "sampling", "image", leave=False) as bar:
         for part in sample_pixels(sampler, params, seed, noises, Condition(classes, domains), at_once, mesh):
             parts.append(part)
             bar.update(len(part))

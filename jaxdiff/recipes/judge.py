@@ -12,12 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt8
-from tqdm import tqdm
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Batch, Dataset, Splits, batches
 from jaxdiff.io.images import to_float
+from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import Figures, write_json
 from jaxdiff.mesh import put_batch, round_up
 from jaxdiff.models.classifier import Classifier, ClassifierConfig
@@ -69,9 +69,11 @@ def train_judge(train: Dataset, num_steps: int, batch_size: int, seed: int, mesh
     else:
         step = make_train_step(make_judge_loss(Classifier(config)), optimizer, mesh, ema_decay=0.99)
         results = fit(state, step, batches(train, seed, batch_size), num_steps, mesh)
-        for result in tqdm(results, total=num_steps, desc="judge", unit="step", dynamic_ncols=True):
-            state = result.state
-            float(result.metrics["loss"])  # keeps the bar honest: one step at a time
+        with progress_bar(num_steps, "judge", "step") as bar:
+            for result in results:
+                state = result.state
+                float(result.metrics["loss"])  # keeps the bar honest: one step at a time
+                bar.update()
         checkpoints.save(num_steps, state)
     checkpoints.close()
     return Judge(config, state.ema_params)

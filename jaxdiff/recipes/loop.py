@@ -14,6 +14,7 @@ from tqdm import tqdm
 from jaxdiff.errors import InputError, InterruptedRun
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.interruption import StopRequest
+from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import MetricsLog
 from jaxdiff.recipes.training import StepResult, TrainState, fit
 from jaxdiff.settings import TrainingSettings
@@ -54,7 +55,7 @@ class TrainingLoop:
         """
         start = int(state.step)
         results = fit(state, self.train_step, self.batch_at, self.settings.train_steps, self.mesh)
-        bar = tqdm(total=self.settings.train_steps, initial=start, unit="step", desc="training", dynamic_ncols=True)
+        bar = progress_bar(self.settings.train_steps, "training", "step", start)
         with StopRequest() as stop, bar:
             for result, figures in self._with_figures(results, bar):
                 state = result.state
@@ -106,21 +107,25 @@ class TrainingLoop:
                     "learning_rate": float(self.learning_rate(result.step - 1)),
                     "images_per_second": rate,
                 }
-                bar.set_postfix_str(f"loss {figures['loss']:.4f}, {rate:.0f} images/s")
+                bar.set_postfix_str(f"loss {figures['loss']:.4f}, {rate:.0f} images/s", refresh=False)
                 since, losses, norms = now, [], []
             yield result, figures
 
     def _read(self, step: int, metrics: dict[str, jax.Array]) -> tuple[float, float]:
         """Wait for a step's loss and gradient norm and check that both are finite."""
         loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        self._require_finite(step, {"loss": loss, "gradient norm": norm})
+        return loss, norm
+
+    def _require_finite(self, step: int, figures: dict[str, float]) -> None:
+        """Raise InputError, naming the step and the last good checkpoint, unless all figures are finite."""
+        if not all(map(math.isfinite, figures.values())):
             good = self.checkpoints.steps()
             raise InputError(
-                f"training diverged at step {step}: loss {loss}, gradient norm {norm}. "
+                f"training diverged at step {step}: {', '.join(f'{name} {value}' for name, value in figures.items())}. "
                 + (f"The last good checkpoint is step {good[-1]}. " if good else "Nothing was saved. ")
                 + "Try a lower --learning-rate or --clip-norm"
             )
-        return loss, norm
 
     def _save(self, result: StepResult, validate: bool) -> None:
         """Save a state whose figures are finite, with its validation loss where one is due."""
@@ -128,5 +133,6 @@ class TrainingLoop:
         loss = None
         if validate and self.validation_loss is not None:
             loss = float(self.validation_loss(result.state.ema_params))
+            self._require_finite(result.step, {"validation loss": loss})
             self.log.write(result.step, {"validation_loss": loss})
         self.checkpoints.save(result.step, result.state, loss)
