@@ -90,7 +90,7 @@ FREE = {
 def run(config: Config) -> list[Path]:
     """Load and check the data, train judge and model, sample, judge and report."""
     from jaxdiff.io.datasets import describe, load_data
-    from jaxdiff.io.runs import MADE_BY_TRAINING, as_json, check_config, open_run
+    from jaxdiff.io.runs import MADE_BY_TRAINING, as_json, check_config, check_writable, open_run
     from jaxdiff.mesh import make_mesh, require_divisible
     from jaxdiff.recipes.conditional_training import build_training, train
     from jaxdiff.recipes.digits_report import Evaluation, evaluate
@@ -100,6 +100,7 @@ def run(config: Config) -> list[Path]:
     started = time.perf_counter()
     mesh = make_mesh(config.devices)
     require_divisible(config.training.batch_size, mesh, "--batch-size", config.training.accumulation_steps)
+    check_writable(config.out)
     if config.resume == "auto":
         check_config(config.out, as_json(config), FREE)
     splits = load_data(config.data, config.image_size)

@@ -118,10 +118,10 @@ def write_pictures(folder, names, size=(8, 8)):
         Image.fromarray(pixels).save(folder / name)
 
 
-def write_domain(folder, number=12, header=("image_name", "label")):
+def write_domain(folder, number=12, header=("image_name", "label"), size=(8, 8)):
     """Write a domain of two classes in the layout with a csv."""
     names = [f"{n:03d}.png" for n in range(number)]
-    write_pictures(folder / "data", names)
+    write_pictures(folder / "data", names, size)
     with (folder / "train.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *((name, n % 2) for n, name in enumerate(names))])
 
@@ -197,9 +197,8 @@ def bomb(data):
     return "005.png: 5000x5000 pixels, more than the 16,000,000 allowed"
 
 
-def size_that_does_not_halve(data):
-    write_domain(data / "ink")
-    write_pictures(data / "ink" / "data", [f"{n:03d}.png" for n in range(12)], size=(7, 7))
+def size_that_does_not_halve(data, number=12):
+    write_domain(data / "ink", number, size=(7, 7))
     return "images of 7x7 pixels do not fit --preset tiny, which needs multiples of 4: resize them with --image-size"
 
 
@@ -224,16 +223,26 @@ def test_data_that_cannot_be_used_is_one_sentence_and_leaves_no_run_behind(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_one_truncated_picture_of_many_is_skipped_and_counted(tmp_path):
+    size_that_does_not_halve(tmp_path / "data", number=101)
+    cut_short(tmp_path / "data" / "ink" / "data" / "005.png")
+    answer = train(f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}")
+    # Not the picture but the size of the others ends this command, before it costs time.
+    refused(answer, "images of 7x7 pixels do not fit")
+    assert re.search(r"skipped +1 unreadable: \S+005\.png: .*truncated", answer.out)
+
+
 # --- the run folder
 
 
-def test_a_folder_below_a_file_is_one_sentence_and_a_skipped_picture_is_counted_before(tmp_path):
-    write_domain(tmp_path / "data" / "ink", number=101)
-    cut_short(tmp_path / "data" / "ink" / "data" / "005.png")
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_folder_below_a_file_is_refused_before_the_data_are_read(tmp_path, resume):
     (tmp_path / "file").write_text("mine")
-    answer = train(f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'file' / 'run'}")
-    refused(answer, f"--out {tmp_path / 'file' / 'run'}: cannot be written", "choose another folder")
-    assert re.search(r"skipped +1 unreadable: \S+005\.png: .*truncated", answer.out)
+    answer = train(f"--out={tmp_path / 'file' / 'run'}", f"--resume={resume}")
+    refused(
+        answer, f"--out {tmp_path / 'file' / 'run'}: cannot be written, because {tmp_path / 'file'} is not a folder"
+    )
+    assert answer.out == ""
     assert (tmp_path / "file").read_text() == "mine"
 
 

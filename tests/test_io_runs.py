@@ -113,8 +113,9 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path):
 def test_a_file_in_the_way_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("kept")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="cannot be written"):
-            runs.make_folder(path)
+        for check in (runs.check_writable, runs.make_folder):
+            with pytest.raises(InputError, match="cannot be written"):
+                check(path)
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -122,6 +123,12 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_sentence():
     with pytest.raises(InputError, match="cannot be written"):
         runs.make_folder(Path("/proc/self"))
+
+
+def test_a_folder_that_can_be_made_is_only_looked_for(tmp_path):
+    for path in (tmp_path, tmp_path / "a" / "b"):
+        runs.check_writable(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_make_folder_leaves_nothing_in_it(tmp_path):
