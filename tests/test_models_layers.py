@@ -9,7 +9,7 @@ import torch
 from conftest import FLOAT32_ATOL
 from diffusers.models.embeddings import get_timestep_embedding
 
-from jaxdiff.models.convolution import Conv
+from jaxdiff.models.convolution import Conv, convolve
 from jaxdiff.models.embeddings import ConditionEmbedding, sinusoidal_embedding
 from jaxdiff.models.normalization import GroupNorm
 
@@ -38,6 +38,30 @@ def test_convolution_as_in_flax(kernel_size, strides, padding):
     params = theirs.init(jax.random.key(1), X)["params"]
     params = {**params, "bias": jnp.linspace(-1, 1, 24)}
     assert_same(Conv(24, kernel_size, strides, padding), theirs, params, X)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 16, 16), (4, 17, 16), (6, 32, 40)])
+def test_large_convolution_as_in_flax(kernel_size, batch, height, width):
+    x = jax.random.normal(jax.random.key(3), (batch, height, width, 6))
+    theirs = nn.Conv(33, (kernel_size,) * 2)
+    params = theirs.init(jax.random.key(1), x)["params"]
+    ours = output_leaves(Conv(33, kernel_size, padding=kernel_size // 2), params, x)
+    for a, b in zip(ours, output_leaves(theirs, params, x)):
+        # Gradients of a kernel are sums over up to 7,680 pixels of order 1: their rounding grows with the root.
+        np.testing.assert_allclose(a, b, atol=50 * FLOAT32_ATOL)
+
+
+def test_bfloat16_convolution_sums_its_gradient_in_float32():
+    x = 1 + jax.random.uniform(jax.random.key(3), (4, 32, 32, 8))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, 8))
+
+    def total(kernel, dtype):
+        return jnp.sum(convolve(x.astype(dtype), kernel.astype(dtype), padding=1).astype(jnp.float32))
+
+    low, full = (jax.grad(total)(kernel, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    # 4,096 numbers between 1 and 2: a sum kept in bfloat16 would stop growing at 512.
+    np.testing.assert_allclose(low, full, rtol=0.01)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
