@@ -1,3 +1,3 @@
-"""jaxdiff: diffusion models and CLIP in functional JAX and Flax, one command a job."""
+"""jaxdiff: diffusion models in functional JAX and Flax, one command a job."""
 
 __version__ = "0.1.0"

@@ -4,9 +4,6 @@ The batch is split over the axis "data"; parameters are replicated. Programs are
 jit places them (automatic sharding), so one device and eight run the same code.
 """
 
-import ctypes
-import importlib.util
-import sys
 from typing import Any
 
 import jax
@@ -20,30 +17,17 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     """Return a one-axis mesh over the first `num_devices` devices; None means all of them.
 
     Raises:
-      InputError: there are fewer devices than asked for.
+      InputError: there are fewer devices than asked for, or several processes.
     """
-    if importlib.util.find_spec("jax_plugins") is None:
-        keep_freed_memory()
+    if jax.process_count() > 1:
+        raise InputError(
+            f"one process serves all devices of one machine, but JAX was started as {jax.process_count()} processes"
+        )
     devices = jax.devices()
     num_devices = len(devices) if num_devices is None else num_devices
     if not 1 <= num_devices <= len(devices):
         raise InputError(f"--devices must lie in 1..{len(devices)} on this machine, got {num_devices}")
     return Mesh(np.asarray(devices[:num_devices]), ("data",), axis_types=(AxisType.Auto,))
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep the memory that XLA's CPU programs free; call it before JAX makes its devices.
-
-    A program takes its scratch memory anew at every call. By default glibc gives it back to the system in between, and
-    a small train step spends a tenth of its time on the page faults that fetch it again. Other C libraries are left
-    as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        # malloc.h: M_ARENA_MAX (one heap for all threads), M_MMAP_MAX (no mapping of its own for a large block),
-        # M_TRIM_THRESHOLD (bytes free at the heap's end before it shrinks).
-        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
-            mallopt(option, value)
 
 
 def batch_split(mesh: Mesh) -> NamedSharding:

@@ -41,7 +41,7 @@ class DiffusionSettings:
     """Clamp of min-SNR, signal-to-noise power ratio; None means 5. Only with --loss-weighting min_snr."""
 
     def __post_init__(self):
-        require_at_least("num_train_timesteps", self.num_train_timesteps, 1)
+        require_at_least("num_train_timesteps", self.num_train_timesteps, 2 if self.zero_terminal_snr else 1)
         require(
             not (self.zero_terminal_snr and self.prediction_type == "eps"),
             "--zero-terminal-snr leaves no signal at the last timestep, where eps says nothing about the image: "

@@ -89,8 +89,8 @@ FREE = {
 
 def run(config: Config) -> list[Path]:
     """Load and check the data, train judge and model, sample, judge and report."""
-    from jaxdiff.io.datasets import describe, load_data
-    from jaxdiff.io.runs import MADE_BY_TRAINING, as_json, check_config, check_writable, open_run
+    from jaxdiff.io.datasets import check_data, describe, load_data
+    from jaxdiff.io.runs import MADE_BY_TRAINING, as_json, check_config, check_same_data, check_writable, open_run
     from jaxdiff.mesh import make_mesh, require_divisible
     from jaxdiff.recipes.conditional_training import build_training, train
     from jaxdiff.recipes.digits_report import Evaluation, evaluate
@@ -110,6 +110,7 @@ def run(config: Config) -> list[Path]:
     )
     # Only now, because a folder that holds a config is taken for a run, and nothing above may spoil an older one.
     out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
+    check_same_data(out, check_data(splits))
     sampler = make_sampler(parts.model, config.sampling, mesh)
     judge, judged = prepare_judge(splits, config.judge_steps, config.seed, mesh, out)
     params, trained = train(

@@ -75,7 +75,7 @@ def prepare_builder(config: Config) -> list[Path]:
     try:
         from jaxdiff.io.mnist_m_builder import MnistM
     except ImportError as error:
-        raise InputError("--format tfds needs tensorflow-datasets: pip install 'jaxdiff[tfds]'") from error
+        raise InputError("--format tfds needs tensorflow-datasets: pip install -e '.[tfds]'") from error
     builder = MnistM(mnist=config.mnist, photos=config.photos, data_dir=config.out)
     builder.download_and_prepare()
     return [Path(builder.data_path)]

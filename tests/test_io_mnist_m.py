@@ -251,7 +251,7 @@ def refused(source, message):
 
 def test_tfds_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    refused("tfds:mnist_m", r"needs tensorflow-datasets .*: pip install 'jaxdiff\[tfds\]'")
+    refused("tfds:mnist_m", r"needs tensorflow-datasets .*: pip install -e '\.\[tfds\]'")
 
 
 def test_tfds_says_how_to_prepare(tfds_folder):

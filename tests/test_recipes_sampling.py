@@ -159,13 +159,17 @@ def test_an_interval_guides_inside_and_is_the_cheaper_conditional_prediction_out
     assert evaluations == [2 * N if guided else N for guided in inside]
 
 
-def test_the_clean_image_that_the_network_sees_is_clipped_to_the_range_of_pixels():
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_clean_image_is_clipped_to_the_range_of_pixels_after_guidance(scale):
     class Loud(nn.Module):
+        """Sees pixels of 0.9, unasked and unclassed of 0.5: guidance 4 makes 0.9 + 3 * 0.4 of them."""
+
         @nn.compact
         def __call__(self, x_t, t, class_labels, domain_labels, train=False):
-            return jnp.full_like(x_t, 3.0)
+            seen = jnp.where(class_labels == 0, 3.0 if scale == 1.0 else 0.9, 0.5)
+            return jnp.broadcast_to(seen[:, None, None, None], x_t.shape)
 
-    settings = SamplingSettings(num_steps=2, guidance_scale=1.0)
+    settings = SamplingSettings(num_steps=2, guidance_scale=scale)
     sampler = make_sampler(tiny_model(Loud(), "x_0"), settings, make_mesh(1), trajectory=True)
     keys = image_keys(jax.random.key(0), jnp.arange(1))
     images, trajectory = sampler({}, keys, Condition(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)))

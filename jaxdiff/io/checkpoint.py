@@ -116,8 +116,11 @@ class Checkpoints:
         for candidate in reversed(self.steps() if step is None else [step]):
             try:
                 return self._read(candidate, like), candidate
+            except (MemoryError, PermissionError):  # of the machine, not of the checkpoint
+                raise
             except Exception as error:  # Orbax raises many types for files that do not fit
-                fault = f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
+                first_line = (str(error).splitlines() or [""])[0]
+                fault = f"{type(error).__name__}: {first_line.split('. ')[0]}"
                 folder = self.directory / str(candidate)
                 if (folder / DIGESTS).exists():  # and they were right when the folder was opened
                     raise InputError(

@@ -6,6 +6,7 @@ PATH                 {domain}/train.csv + {domain}/data/*.png, or
 tfds:NAME[,NAME...]  prepared TensorFlow Datasets builders, a domain each      (tfds_source.py)
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ HELD_OUT_SHARE = 0.1
 """Share of each class and domain that is held out where the data set names no test split."""
 MAX_SKIPPED_SHARE = 0.01
 """More unreadable pictures than this share are an error."""
+LISTED_CLASSES = 20
+"""With more classes than this, the printed data check leaves out the count of each."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
 
 def check_data(splits: Splits) -> dict[str, Any]:
-    """Return the data check as plain values: image size, pictures per domain and class, files left out."""
+    """Return the data check as plain values: image size, pictures per domain and class, files left out, a hash."""
     height, width, channels = splits.train.images.shape[1:]
     counts = {
         part: {
@@ -149,7 +152,18 @@ def check_data(splits: Splits) -> dict[str, Any]:
         }
         for part, dataset in (("train", splits.train), ("held_out", splits.held_out))
     }
-    return {"height": height, "width": width, "channels": channels, **counts, "skipped": list(splits.skipped)}
+    digest = hashlib.sha256()
+    for dataset in (splits.train, splits.held_out):
+        for array in (dataset.images, dataset.labels, dataset.domains):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return {
+        "height": height,
+        "width": width,
+        "channels": channels,
+        **counts,
+        "skipped": list(splits.skipped),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def describe(splits: Splits) -> str:
@@ -160,6 +174,8 @@ def describe(splits: Splits) -> str:
         for name, row in zip(dataset.domain_names, dataset.counts()):
             spread = f", {row.min():,} to {row.max():,} a class" if len(row) > 1 else ""
             lines.append(f"  {part:<9} {name:<16} {row.sum():>7,} pictures{spread}")
+            if 1 < len(row) <= LISTED_CLASSES:
+                lines.append("            " + ", ".join(f"{k}: {n:,}" for k, n in zip(dataset.class_names, row)))
             missing = [dataset.class_names[i] for i in np.flatnonzero(row == 0)]
             if missing:
                 lines.append(f"            no pictures of class {', '.join(missing[:10])}")

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as a polite request: finish the step, save, leave; the second one leaves at once."""
 
+import os
 import signal
-import sys
 from types import FrameType
 
 
@@ -26,4 +26,5 @@ class StopRequest:
         # The system itself obeys the second one, because Python would only do so after the running computation.
         for other in self._previous:
             signal.signal(other, signal.SIG_DFL)
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr, flush=True)
+        # Not print: this may run in the middle of another print, which Python's files do not allow.
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")

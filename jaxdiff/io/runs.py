@@ -23,11 +23,12 @@ from jaxdiff.errors import InputError
 
 CONFIG = "config.json"
 RESULTS = "results.json"
+DATA = "data.json"
 METRICS = "metrics.jsonl"
 Figures = dict[str, float | int]
 """Figures under the plain names that results.json gives them."""
 MADE_BY_SAMPLING = ("samples", "grid_*.png", "reverse_*.png", RESULTS, "report.html")
-MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", "tensorboard", "grids", METRICS, CONFIG)
+MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", DATA, "tensorboard", "grids", METRICS, CONFIG)
 """In the order of deletion: the config, which tells a run from any other folder, goes last."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
@@ -179,6 +180,21 @@ def check_config(folder: Path, config: Mapping[str, Any], free: Collection[str])
                 f"{folder} holds a run with another config: {'; '.join(differing)}. "
                 "Choose another --out, or start over with --resume never"
             )
+
+
+def check_same_data(folder: Path, found: Mapping[str, Any]) -> None:
+    """Write data.json, the data check, or, where a run already has one, check that it goes on with the same pictures.
+
+    Raises:
+      InputError: the pictures are others than the run began with.
+    """
+    path = folder / DATA
+    if path.exists() and read_json(path).get("sha256") != found["sha256"]:
+        raise InputError(
+            f"{folder}: the pictures of --data are not those that this run began with. "
+            "Choose another --out, or start over with --resume never"
+        )
+    write_json(path, found)
 
 
 def read_json(path: Path) -> dict[str, Any]:

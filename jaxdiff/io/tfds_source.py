@@ -33,7 +33,7 @@ def load_tfds(names: list[str], image_size: int | None = None, workers: int | No
 
         import jaxdiff.io.mnist_m_builder  # noqa: F401 (makes mnist_m known to tensorflow_datasets)
     except ImportError as error:
-        raise InputError(f"{flag}: needs tensorflow-datasets ({error}): pip install 'jaxdiff[tfds]'") from error
+        raise InputError(f"{flag}: needs tensorflow-datasets ({error}): pip install -e '.[tfds]'") from error
     domain_names = tuple(name.split(":")[0] for name in names)
     if "" in domain_names or len(set(domain_names)) < len(names):
         raise InputError(f"{flag}: give each builder's name once, as in tfds:mnist_m,svhn_cropped")
@@ -84,7 +84,7 @@ def how_to_prepare(name: str) -> str:
         return "run `python scripts/make_mnist_m.py --mnist DIR --photos DIR --format tfds`"
     return (
         f"run `tfds build {name} --file_format=array_record`, which needs TensorFlow this once "
-        "(pip install 'jaxdiff[tfds]' tensorflow)"
+        "(pip install -e '.[tfds]' tensorflow)"
     )
 
 

@@ -59,6 +59,8 @@ class UNetConfig:
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"{channels} channels do not split into {self.norm_num_groups} groups")
+            if channels % (self.attention_head_dim or channels):
+                raise ValueError(f"{channels} channels do not split into heads of {self.attention_head_dim}")
 
     @property
     def size_divisor(self) -> int:

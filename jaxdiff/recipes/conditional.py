@@ -1,5 +1,6 @@
 """A class- and domain-conditional diffusion model as one value: network, schedule, names, and its null tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,6 +47,10 @@ class ConditionalModel:
         """Return fresh parameters."""
         zero = jnp.zeros((1,), jnp.int32)
         return self.network.init(key, jnp.zeros((1, *self.image_shape)), zero, zero, zero)["params"]
+
+    def compile_init(self) -> Callable[[jax.Array], dict]:
+        """Return `init` as one program, not optimised: it runs once, and optimising takes several times as long."""
+        return jax.jit(self.init).lower(jax.random.key(0)).compile({"xla_backend_optimization_level": "0"})
 
 
 def build_conditional_model(

@@ -27,11 +27,13 @@ from jaxdiff.recipes.objective import make_diffusion_loss
 from jaxdiff.recipes.sampling import Sampler
 from jaxdiff.recipes.training import (
     LossFn,
+    Stream,
     TrainState,
     create_state,
     image_keys_at,
     make_optimizer,
     make_train_step,
+    stream_key,
 )
 from jaxdiff.settings import DiffusionSettings, TrainingSettings
 
@@ -66,14 +68,15 @@ def build_training(
         preset, dtype, diffusion, (height, width, channels), data.class_names, data.domain_names
     )
     optimizer, learning_rate = optimizer_of(training)
-    init_key, train_key = jax.random.split(jax.random.key(seed))
     return TrainingParts(
         model,
         optimizer,
         learning_rate,
         make_diffusion_loss(model, diffusion, training, train=True),
         make_diffusion_loss(model, diffusion, training, train=False),
-        create_state(model.init(init_key), optimizer, train_key, mesh),
+        create_state(
+            model.compile_init()(stream_key(seed, Stream.INITIAL)), optimizer, stream_key(seed, Stream.TRAINING), mesh
+        ),
     )
 
 
@@ -107,7 +110,9 @@ def train(
             checkpoints,
             log,
             parts.learning_rate,
-            fixed_validation_loss(parts.validation_loss_fn, splits.held_out, mesh),
+            fixed_validation_loss(
+                parts.validation_loss_fn, splits.held_out, mesh, training.batch_size // training.accumulation_steps
+            ),
             draw_grid,
         ).run(state)
     finally:
@@ -147,7 +152,7 @@ def restore_trained(
     shape = height, width, channels
     model = build_conditional_model(preset, dtype, diffusion, shape, class_names, domain_names)
     optimizer, _ = optimizer_of(training)
-    like = create_state(model.init(jax.random.key(0)), optimizer, jax.random.key(0), mesh)
+    like = create_state(model.compile_init()(jax.random.key(0)), optimizer, jax.random.key(0), mesh)
     checkpoints = Checkpoints(run / "checkpoints")
     best = checkpoints.best_step() if which == "best" else None
     if which == "best" and best is None and checkpoints.steps():
@@ -172,12 +177,24 @@ def optimizer_of(training: TrainingSettings) -> tuple[optax.GradientTransformati
     )
 
 
-def fixed_validation_loss(loss_fn: LossFn, held_out: Dataset, mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """Return the jitted loss on the same held-out images, timesteps and noise every time, so that steps compare."""
-    number = max(mesh.size, min(VALIDATION_IMAGES, len(held_out.images)) // mesh.size * mesh.size)
-    batch = put_batch(batches(held_out, 0, number)(0), mesh)
-    keys = image_keys_at(jax.random.key(0), jnp.int32(0), number)
-    return jax.jit(lambda params: loss_fn(params, batch, keys))
+def fixed_validation_loss(
+    loss_fn: LossFn, held_out: Dataset, mesh: Mesh, batch_size: int
+) -> Callable[[Any], jax.Array]:
+    """Return the loss on the same held-out images, timesteps and noise every time, so that steps compare.
+
+    Args:
+      loss_fn: mean loss of a batch.
+      held_out: drawn from anew where it is smaller than `VALIDATION_IMAGES`.
+      mesh: devices.
+      batch_size: images at once, no more than training itself has in memory.
+    """
+    batch_at = batches(held_out, 0, batch_size)
+    parts = [
+        (put_batch(batch_at(k), mesh), image_keys_at(jax.random.key(0), jnp.int32(k), batch_size))
+        for k in range(max(1, VALIDATION_IMAGES // batch_size))
+    ]
+    part_loss = jax.jit(loss_fn)
+    return lambda params: jnp.mean(jnp.stack([part_loss(params, *part) for part in parts]))
 
 
 def side_by_side(model: ConditionalModel, images: np.ndarray, step: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.io.images import write_png
 from jaxdiff.io.report import Confusion, Curve, Figure, Picture, Report, Section, Table, write_report
-from jaxdiff.io.runs import METRICS, read_json, read_lines, tree_hash, write_results
+from jaxdiff.io.runs import DATA, METRICS, read_json, read_lines, tree_hash, write_results
 from jaxdiff.recipes.conditional import ConditionalModel
 from jaxdiff.recipes.evaluation import (
     Samples,
@@ -158,7 +158,11 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
             f"{name}: {percent(figures[f'judge.sample_accuracy.{name}'])} of {figures[f'judge.samples.{name}']:,} "
             f"samples recognised (judge on real images: {percent(figures[f'judge.real_accuracy.{name}'])})"
         )
-    hashes = {"ema_params": tree_hash(task.params), "judge": tree_hash(task.judge.params)}
+    hashes = {
+        "data": read_json(task.run / DATA)["sha256"],
+        "ema_params": tree_hash(task.params),
+        "judge": tree_hash(task.judge.params),
+    }
     device = f"{task.mesh.size} x {task.mesh.devices.flat[0].device_kind}"
     results = write_results(out, figures, config, hashes, device)
     page = write_page(task, samples, figures, grids, strips, read_json(results))
@@ -181,7 +185,7 @@ def write_page(
     ]
     extra = [Figure(f"{figures[name]:,.0f}", caption) for name, caption in rates if name in figures]
     pictures = [
-        Picture(grid, f"{domain}: rows are classes, columns are starting noises; the first ten, not chosen.")
+        Picture(grid, f"{domain}: rows are classes, columns are starting noises; the first ones, not chosen.")
         for domain, grid in zip(model.domain_names, grids)
     ]
     processes = [
@@ -195,12 +199,12 @@ def write_page(
         "Hashes (SHA-256)": record["hashes"],
     }
     report = Report(
-        "Digits on request",
+        "Pictures on request",
         f"A diffusion model of {' and '.join(model.domain_names)}, conditioned on class and domain.",
         headline(model, figures, extra),
         [
             Section("Samples", pictures),
-            Section("From noise to digit", processes),
+            Section("From noise to picture", processes),
             judge_section(model, samples, figures),
             loss_section(task.run),
         ],

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -24,6 +23,7 @@ from jaxdiff.mesh import round_up
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.judge import Judge, bootstrap_interval, recognise
 from jaxdiff.recipes.sampling import Sampler, make_sampler, sample_pixels
+from jaxdiff.recipes.training import Stream, stream_key
 from jaxdiff.settings import SamplingSettings
 
 GRID_COLUMNS = 10
@@ -109,7 +109,9 @@ def reverse_strips(
     # Repeated up to a multiple of the devices, because a batch must split over them.
     domains = np.resize(np.arange(len(model.domain_names), dtype=np.int32), round_up(len(model.domain_names), mesh))
     zeros = np.zeros_like(domains)
-    _, trajectory = sampler(params, image_keys(jax.random.key(seed), jnp.asarray(zeros)), Condition(zeros, domains))
+    _, trajectory = sampler(
+        params, image_keys(stream_key(seed, Stream.SAMPLES), jnp.asarray(zeros)), Condition(zeros, domains)
+    )
     taken = np.unique(np.linspace(0, settings.num_steps, SNAPSHOTS).round().astype(int))
     spaced = timestep_spacing(settings.spacing, settings.num_steps, model.schedule.num_train_timesteps)
     labels = [f"{n}: t={spaced[n]}" if n < len(spaced) else f"{n}: clean" for n in taken]

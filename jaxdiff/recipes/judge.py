@@ -21,7 +21,16 @@ from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import Figures, write_json
 from jaxdiff.mesh import put_batch, round_up
 from jaxdiff.models.classifier import Classifier, ClassifierConfig
-from jaxdiff.recipes.training import LossFn, TrainState, create_state, fit, make_optimizer, make_train_step
+from jaxdiff.recipes.training import (
+    LossFn,
+    Stream,
+    TrainState,
+    create_state,
+    fit,
+    make_optimizer,
+    make_train_step,
+    stream_key,
+)
 from jaxdiff.shapes import ImageKeys
 
 JUDGE = "judge.json"
@@ -119,10 +128,10 @@ def initial_judge(
     config: ClassifierConfig, image_shape: tuple[int, int, int], num_steps: int, seed: int, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, TrainState]:
     """Return a judge's optimizer and its state at step 0."""
-    key = jax.random.key(seed)
-    params = Classifier(config).init(key, jnp.zeros((1, *image_shape)))["params"]
+    init_key, train_key = jax.random.split(stream_key(seed, Stream.JUDGE))
+    params = Classifier(config).init(init_key, jnp.zeros((1, *image_shape)))["params"]
     optimizer, _ = make_optimizer(2e-3, num_steps // 20, num_steps, weight_decay=0.02, clip_norm=1.0)
-    return optimizer, create_state(params, optimizer, key, mesh)
+    return optimizer, create_state(params, optimizer, train_key, mesh)
 
 
 def recognise(judge: Judge, images: UInt8[np.ndarray, "N H W C"], mesh: Mesh) -> Verdict:

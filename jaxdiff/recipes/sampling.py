@@ -1,7 +1,7 @@
 """Sampling a conditional model: one compiled program over the mesh, the same images for any batch size.
 
 Image i is a function of (seed, i) and its condition alone: its starting noise and every later draw come from
-fold_in(seed, i), never from its place in a batch.
+fold_in(key of the seed, i), never from its place in a batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,10 +17,11 @@ from jaxtyping import Int, UInt8
 from jaxdiff.diffusion.guidance import ConditionalDenoiser, Denoiser, chain_weights, guide, within_interval
 from jaxdiff.diffusion.prediction import Prediction, clip_x_0, to_prediction
 from jaxdiff.diffusion.samplers import ddim_step, ddpm_step, image_keys, sample, starting_noise
-from jaxdiff.diffusion.schedule import timestep_spacing, with_final
+from jaxdiff.diffusion.schedule import NoiseSchedule, timestep_spacing, with_final
 from jaxdiff.io.images import to_uint8
 from jaxdiff.mesh import put_batch, replicated
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
+from jaxdiff.recipes.training import Stream, stream_key
 from jaxdiff.settings import SamplingSettings
 
 Sampler = Callable[[Any, Any, Condition], Any]
@@ -28,15 +29,23 @@ Sampler = Callable[[Any, Any, Condition], Any]
 
 
 def make_denoiser(model: ConditionalModel, params: Any) -> ConditionalDenoiser:
-    """Wrap a network as `(x_t, t, condition) -> Prediction`, its clean image clipped to [-1, 1]."""
+    """Wrap a network as `(x_t, t, condition) -> Prediction`."""
 
     def denoise(x_t: jax.Array, t: jax.Array, condition: Condition) -> Prediction:
         alpha_t, sigma_t = model.schedule.alpha_sigma(t)
         output = model.apply(params, x_t, jnp.broadcast_to(t, x_t.shape[:1]), condition)
-        prediction = to_prediction(output, x_t, alpha_t, sigma_t, model.prediction_type)
-        return clip_x_0(prediction, x_t, alpha_t, sigma_t)
+        return to_prediction(output, x_t, alpha_t, sigma_t, model.prediction_type)
 
     return denoise
+
+
+def clip_to_pixels(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
+    """Clip the clean image to [-1, 1], "static thresholding"; after guidance, which overshoots (arXiv 2205.11487)."""
+
+    def clipped(x_t: jax.Array, t: jax.Array) -> Prediction:
+        return clip_x_0(denoise(x_t, t), x_t, *schedule.alpha_sigma(t))
+
+    return clipped
 
 
 def guide_conditions(
@@ -67,7 +76,7 @@ def make_sampler(model: ConditionalModel, settings: SamplingSettings, mesh: Mesh
     def run(params: Any, keys: jax.Array, condition: Condition):
         guided = guide_conditions(model, make_denoiser(model, params), condition, settings)
         x_T = starting_noise(keys, model.image_shape)
-        return sample(guided, x_T, keys, model.schedule, timesteps, step, trajectory)
+        return sample(clip_to_pixels(guided, model.schedule), x_T, keys, model.schedule, timesteps, step, trajectory)
 
     return jax.jit(run, out_shardings=replicated(mesh))
 
@@ -98,6 +107,6 @@ def sample_pixels(
             (indices[chosen], Condition(condition.class_labels[chosen], condition.domain_labels[chosen])),
             mesh,
         )
-        keys = image_keys(jax.random.key(seed), batch[0])
+        keys = image_keys(stream_key(seed, Stream.SAMPLES), batch[0])
         images = sampler(params, keys, batch[1])
         yield to_uint8(np.asarray(images))[: len(indices) - start]

@@ -7,6 +7,7 @@ By (2), and because a batch is a pure function of the step, a resumed run repeat
 """
 
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,20 @@ from jaxdiff.shapes import ImageKeys, PRNGKey
 
 LossFn = Callable[[Any, Any, ImageKeys], jax.Array]
 """(params, batch, one key for each image) -> mean loss."""
+
+
+class Stream(IntEnum):
+    """What a run draws random numbers for; each has a key of its own."""
+
+    INITIAL = 0
+    TRAINING = 1
+    SAMPLES = 2
+    JUDGE = 3
+
+
+def stream_key(seed: int, stream: Stream) -> PRNGKey:
+    """Return the key of one stream of a run's seed."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 class TrainState(struct.PyTreeNode):
