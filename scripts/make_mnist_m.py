@@ -6,7 +6,6 @@ Writes {out}/mnistm/train.csv, test.csv and data/*.png, the layout that `jaxdiff
 with --format tfds, prepares the mnist_m builder that `--data tfds:mnist_m` reads.
 """
 
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,27 +43,15 @@ def run(config: Config) -> list[Path]:
 
 def write_folders(config: Config) -> list[Path]:
     """Write PNG files and one csv a split."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm import tqdm
-
-    from jaxdiff.io.images import write_png
+    from jaxdiff.io.folders import write_split
     from jaxdiff.io.mnist_m import IDX_FILES, make_split
 
-    folder = (config.out or Path("data")) / "mnistm"
-    tables, start = [], 0
+    folder, written = (config.out or Path("data")) / "mnistm", 0
+    tables = []
     for split in IDX_FILES:
         images, labels = make_split(config.mnist, config.photos, split, config.seed)
-        names = [f"{number:05d}.png" for number in range(start, start + len(images))]
-        start += len(images)
-        with ThreadPoolExecutor() as pool:
-            written = pool.map(write_png, (folder / "data" / name for name in names), images)
-            list(tqdm(written, split, len(images), unit="image"))
-        tables.append(folder / f"{split}.csv")
-        with tables[-1].open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["image_name", "label"])
-            rows.writerows(zip(names, labels.tolist()))
+        tables.append(write_split(folder, split, images, labels, first_number=written))
+        written += len(images)
     return [folder / "data", *tables]
 
 

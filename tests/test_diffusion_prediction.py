@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FLOAT32_ATOL
+from scipy.integrate import quad
 
 from jaxdiff.diffusion.loss import diffusion_loss, loss_weight, q_sample
 from jaxdiff.diffusion.prediction import clip_x_0, to_prediction, to_target
@@ -70,6 +71,20 @@ def test_weight_table_against_the_papers(weighting, prediction_type):
     expected = weight_on_x_0[weighting] * x_0_errors_per_own_error[prediction_type]
     ours = loss_weight(jnp.asarray(logsnr, jnp.float32), weighting, prediction_type, gamma=5.0, bias=2.0)
     np.testing.assert_allclose(ours, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_sigmoid_weight_averages_over_logsnr_whatever_the_schedule(name):
+    # The papers' loss is an integral over logsnr; an error that is a smooth function of it is integrated by SciPy.
+    schedule = make_schedule(name)
+    t = jnp.arange(1000)
+    logsnr = schedule.logsnr(t)
+    weight = loss_weight(logsnr, "sigmoid", "eps", logsnr_slope=schedule.logsnr_slope(t))
+    ours = float(jnp.mean(weight / (1 + logsnr**2)))
+    ends = float(logsnr[-1]), float(logsnr[0])
+    exact, _ = quad(lambda x: 1 / (1 + np.exp(x - 2.0)) / (1 + x**2), *ends)
+    # A sum over 1,000 steps that cuts half a step at either end.
+    assert abs(ours / exact - 1) < 0.01
 
 
 @pytest.mark.parametrize("weighting", ["constant", "min_snr", "sigmoid"])

@@ -27,6 +27,12 @@ def test_a_number_of_devices_that_is_not_there_is_one_sentence(asked):
         make_mesh(asked)
 
 
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="JAX was started as 2 processes"):
+        make_mesh()
+
+
 @pytest.mark.parametrize(
     ("batch_size", "devices", "parts", "fix"), [(12, 8, 1, 8), (24, 8, 2, 16), (3, 1, 2, 2), (1, 8, 1, 8)]
 )

@@ -6,7 +6,8 @@ A weight is stated once for the error of one quantity and carried to the others 
 
     (2)  constant  1 on the error of whatever the network predicts               (arXiv 2006.11239, eq. 14)
     (3)  min_snr   min(snr, gamma) on the x_0 error                              (arXiv 2303.09556, eq. 8)
-    (4)  sigmoid   sigmoid(bias - logsnr) on the eps error           (arXiv 2303.00848; 2410.19324)
+    (4)  sigmoid   sigmoid(bias - logsnr) on the eps error, the average taken over logsnr: for uniform
+                   timesteps, times logsnr_slope                            (arXiv 2303.00848, eq. 2; 2410.19324)
 """
 
 from typing import Literal
@@ -32,6 +33,7 @@ def loss_weight(
     prediction_type: PredictionType,
     gamma: float = 5.0,
     bias: float = 2.0,
+    logsnr_slope: Float[Array, "*S"] | float = 1.0,
 ) -> Float[Array, "*S"]:
     """Return what the squared error of the network's own output is multiplied by.
 
@@ -43,6 +45,7 @@ def loss_weight(
       prediction_type: the output that the error is measured on.
       gamma: clamp of equation (3), a power ratio.
       bias: logsnr at which equation (4) is one half.
+      logsnr_slope: of equation (4), where timesteps are drawn uniformly; 1 where logsnr is.
 
     Raises:
       ValueError: unknown weighting or prediction type.
@@ -61,11 +64,11 @@ def loss_weight(
     if weighting == "sigmoid":
         on_eps = jax.nn.sigmoid(bias - logsnr)
         if prediction_type == "eps":
-            return on_eps
+            return logsnr_slope * on_eps
         if prediction_type == "x_0":
             # snr * sigmoid(bias - logsnr) without the overflow of snr at large logsnr.
-            return jnp.exp(bias) * jax.nn.sigmoid(logsnr - bias)
-        return jax.nn.sigmoid(logsnr) * on_eps
+            return logsnr_slope * jnp.exp(bias) * jax.nn.sigmoid(logsnr - bias)
+        return logsnr_slope * jax.nn.sigmoid(logsnr) * on_eps
     raise ValueError(f"unknown weighting {weighting!r}: choose constant, min_snr or sigmoid")
 
 
@@ -79,8 +82,9 @@ def diffusion_loss(
     prediction_type: PredictionType,
     weighting: Weighting = "constant",
     gamma: float = 5.0,
+    logsnr_slope: Scale | float = 1.0,
 ) -> Float[Array, "B"]:
     """Return each image's weighted mean squared error, in float32."""
     target = to_target(x_0, eps, alpha_t, sigma_t, prediction_type)
     error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
-    return loss_weight(logsnr, weighting, prediction_type, gamma) * error
+    return loss_weight(logsnr, weighting, prediction_type, gamma, logsnr_slope=logsnr_slope) * error

@@ -5,7 +5,8 @@
     (3)  scaled_linear  betas = linspace(sqrt(beta_start), sqrt(beta_end), T)^2           (arXiv 2112.10752)
     (4)  cosine         betas[t] = min(1 - f((t+1)/T) / f(t/T), 0.999),
                         f(u) = cos((u + 0.008) / 1.008 * pi/2)^2                          (arXiv 2102.09672, eq. 17)
-    (5)  logsnr_t = 2 log(alpha_t / sigma_t),   noise_level_t = sigma_t / alpha_t
+    (5)  logsnr_t = 2 log(alpha_t / sigma_t),   noise_level_t = sigma_t / alpha_t,
+         logsnr_slope_t = -d logsnr / d u,  u = t / T
     (6)  zero terminal SNR: sqrt(alphas_cumprod) shifted and scaled so that its last entry is 0 and its first
          stays                                                                            (arXiv 2305.08891, alg. 1)
 
@@ -34,6 +35,7 @@ class NoiseSchedule:
     sqrt_alphas_cumprod: Float[Array, "T"]
     sqrt_one_minus_alphas_cumprod: Float[Array, "T"]
     logsnrs: Float[Array, "T"]
+    logsnr_slopes: Float[Array, "T"]
 
     @property
     def num_train_timesteps(self) -> int:
@@ -52,6 +54,10 @@ class NoiseSchedule:
     def logsnr(self, t: Int[Array, "*S"]) -> Float[Array, "*S"]:
         """Return equation (5); -inf where nothing of the image is left."""
         return self.logsnrs[t]
+
+    def logsnr_slope(self, t: Int[Array, "*S"]) -> Float[Array, "*S"]:
+        """Return the slope of equation (5) by central differences: how much logsnr one timestep stands for, times T."""
+        return self.logsnr_slopes[t]
 
     def noise_level(self, t: Int[Array, "*S"]) -> Float[Array, "*S"]:
         """Return sigma_t / alpha_t, the noise level of EDM and k-diffusion (arXiv 2206.00364)."""
@@ -96,7 +102,11 @@ def make_schedule(
         betas = 1 - alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])
     with np.errstate(divide="ignore"):
         logsnrs = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
-    tables = betas, alphas_cumprod, np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod), logsnrs
+    # Where nothing of the image is left, logsnr is -inf; the slope there is that of the last finite step.
+    known = logsnrs[np.isfinite(logsnrs)]
+    slopes = -num_train_timesteps * np.gradient(known) if len(known) > 1 else np.ones_like(known)
+    slopes = np.pad(slopes, (0, num_train_timesteps - len(known)), mode="edge")
+    tables = betas, alphas_cumprod, np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod), logsnrs, slopes
     return NoiseSchedule(*(jnp.asarray(table, jnp.float32) for table in tables))
 
 

@@ -9,14 +9,18 @@ beside `{domain}/train/{label}`); else a fixed tenth of each of its classes.
 
 import csv
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, UInt8
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.datasets import Dataset, Splits, choose_held_out
 from jaxdiff.io.decoding import Encoded, decode_all
+from jaxdiff.io.images import write_png
+from jaxdiff.io.progress import progress_bar
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 HELD_OUT_NAMES = ("test", "val")
@@ -165,3 +169,27 @@ def order_classes(folder: Path, entries: list[Entry]) -> tuple[str, ...]:
                 f"{missing[0]}: labels must be 0..K-1, each with pictures"
             )
     return tuple(sorted(found, key=int if all(map(is_whole_number, found)) else str))
+
+
+def write_split(
+    domain: Path, split: str, images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"], first_number: int = 0
+) -> Path:
+    """Write `data/{number:05d}.png` and `{split}.csv`, the first layout above; return the csv's path.
+
+    Args:
+      domain: folder to write into.
+      split: "train", "test" or "val".
+      images: pictures.
+      labels: class of each.
+      first_number: number of the first picture, so that the splits of a domain do not overwrite each other's files.
+    """
+    names = [f"{number:05d}.png" for number in range(first_number, first_number + len(images))]
+    with ThreadPoolExecutor() as pool, progress_bar(len(images), split, "image") as bar:
+        for _ in pool.map(write_png, (domain / "data" / name for name in names), images):
+            bar.update()
+    table = domain / f"{split}.csv"
+    with table.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image_name", "label"])
+        rows.writerows(zip(names, labels.tolist()))
+    return table

@@ -65,6 +65,7 @@ def make_diffusion_loss(
             schedule.logsnr(t),
             prediction_type=diffusion.prediction_type,
             weighting=diffusion.loss_weighting,
+            logsnr_slope=schedule.logsnr_slope(t),
             gamma=5.0 if diffusion.min_snr_gamma is None else diffusion.min_snr_gamma,
         )
         return jnp.mean(losses)
