@@ -53,7 +53,7 @@ def run(config: Config) -> list[Path]:
             images, labels = file["images"], file["labels"].astype(np.int32)
             visible = file["box_visible"] if "box_visible" in file else np.ones(len(labels))
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{config.digits}: not an .npz with `images` and `labels` ({error})") from error
+        raise InputError(f"{config.digits}: not an .npz with `images` and `labels`") from error
     if images.ndim != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
         raise InputError(f"{config.digits}: `images` must be N x H x W bytes with N `labels`")
     kept = visible >= config.least_visible
