@@ -1,3 +1,27 @@
 """jaxdiff: diffusion models in functional JAX and Flax, one command a job."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "NoiseSchedule": "diffusion.schedule",
+    "make_schedule": "diffusion.schedule",
+    "timestep_spacing": "diffusion.schedule",
+    "sample": "diffusion.samplers",
+    "ddim_step": "diffusion.samplers",
+    "ddpm_step": "diffusion.samplers",
+    "guide": "diffusion.guidance",
+    "UNet": "models.unet",
+    "UNetConfig": "models.unet",
+}
+"""Public names and the modules they live in; importing jaxdiff alone imports none of them, nor jax."""
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxdiff' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxdiff.{_HOMES[name]}"), name)

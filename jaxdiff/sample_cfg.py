@@ -48,6 +48,10 @@ class Config:
     def __post_init__(self):
         require_at_least("samples_per_class", self.samples_per_class, 1)
         require_at_least("devices", 1 if self.devices is None else self.devices, 1)
+        require(
+            self.out.expanduser().resolve() != self.run.expanduser().resolve(),
+            f"--out {self.out} is the run itself, whose report would be replaced: choose another folder",
+        )
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
         require(
             0 <= self.deliver <= self.samples_per_class,

@@ -51,6 +51,14 @@ def test_importing_jaxdiff_imports_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_public_names_are_where_they_are_said_to_be():
+    import jaxdiff
+
+    assert all(getattr(jaxdiff, name) is not None for name in jaxdiff.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        jaxdiff.nope  # noqa: B018
+
+
 def test_run_time_needs_no_torch():
     for path in MODULES:
         source = ast.parse(path.read_text())

@@ -41,6 +41,9 @@ def load_tfds(names: list[str], image_size: int | None = None, workers: int | No
     class_names = builders[0].info.features["label"].names
     if any(builder.info.features["label"].names != class_names for builder in builders):
         raise InputError(f"{flag}: the builders name their classes differently")
+    if image_size is None:
+        # Before anything is decoded, where the builders say how large their images are.
+        check_sizes(flag, {builder.info.features["image"].shape[:2] for builder in builders} - {(None, None)})
     train, held_out = [], []
     skipped: list[str] = []
     for number, builder in enumerate(builders):
@@ -57,7 +60,7 @@ def load_tfds(names: list[str], image_size: int | None = None, workers: int | No
             parts = [parts[0].subset(~chosen), parts[0].subset(chosen)]
         train.append(parts[0])
         held_out.append(parts[1])
-    check_sizes(flag, [*train, *held_out])
+    check_sizes(flag, {part.images.shape[1:3] for part in [*train, *held_out]})
     return Splits(join(train), join(held_out), tuple(skipped))
 
 
@@ -112,9 +115,8 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_sizes(flag: str, parts: list[Dataset]) -> None:
-    """Raise InputError unless all parts have pictures of one size."""
-    sizes = {part.images.shape[1:3] for part in parts}
+def check_sizes(flag: str, sizes: set[tuple[int, int]]) -> None:
+    """Raise InputError unless there is one size, (height, width)."""
     if len(sizes) > 1:
         listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
         raise InputError(f"{flag}: the builders' images differ in size ({listed}): give --image-size to resize all")
