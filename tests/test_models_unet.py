@@ -56,7 +56,7 @@ def from_torch(twin: torch.nn.Module) -> dict:
         for name in path:
             node = node.setdefault(name, {})
         assert leaf not in node
-        node[leaf] = value
+        node[leaf] = jnp.asarray(value)
     return params
 
 
