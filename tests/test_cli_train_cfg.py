@@ -21,7 +21,7 @@ from PIL import Image
 from jaxdiff import train_cfg
 from jaxdiff.io.datasets import load_data
 from jaxdiff.io.digits import DOMAINS, embedded_digits
-from jaxdiff.io.runs import tree_hash
+from jaxdiff.io.provenance import tree_hash
 from jaxdiff.mesh import make_mesh
 from jaxdiff.recipes import judge
 from jaxdiff.recipes.conditional_training import training_figures

@@ -22,7 +22,7 @@ from tiny_model import SHAPE, T, TinyNetwork, random_params, tiny_model, tiny_un
 from jaxdiff.errors import InputError, InterruptedRun
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Dataset, batches
-from jaxdiff.io.runs import METRICS, MetricsLog, read_lines
+from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
 from jaxdiff.mesh import make_mesh, put_batch
 from jaxdiff.recipes.loop import TrainingLoop
 from jaxdiff.recipes.objective import make_diffusion_loss

@@ -1,36 +1,26 @@
-"""The run folder: config.json, metrics.jsonl with TensorBoard beside it, results.json, and what identifies them."""
+"""The run folder: its config, what may be deleted in it, results.json; beside metrics.jsonl and TensorBoard files."""
 
 import dataclasses
-import hashlib
 import json
-import math
 import os
-import platform
-import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Collection, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
-from tensorboardX import SummaryWriter
-
-import jaxdiff
 from jaxdiff.errors import InputError
+from jaxdiff.io.metrics import METRICS
+from jaxdiff.io.provenance import command_line, versions
 
 CONFIG = "config.json"
 RESULTS = "results.json"
 DATA = "data.json"
-METRICS = "metrics.jsonl"
 Figures = dict[str, float | int]
 """Figures under the plain names that results.json gives them."""
 MADE_BY_SAMPLING = ("samples", "grid_*.png", "reverse_*.png", RESULTS, "report.html")
 MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", DATA, "tensorboard", "grids", METRICS, CONFIG)
 """In the order of deletion: the config, which tells a run from any other folder, goes last."""
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
 def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = (), start_over: bool = False) -> Path:
@@ -235,94 +225,3 @@ def write_results(
     about = {"config": config, "versions": versions(device), "hashes": hashes, "command": command_line()}
     write_json(path, {**figures, **about})
     return path
-
-
-def versions(device: str) -> dict[str, str]:
-    """Return the versions of everything that decides a result, and the machine."""
-    found = {"jaxdiff": jaxdiff.__version__, **{name: metadata.version(name) for name in PACKAGES}}
-    return {**found, "python": platform.python_version(), "platform": platform.platform(), "device": device}
-
-
-def command_line() -> str:
-    """Return the command as a shell takes it: `python -m jaxdiff.NAME`, `jaxdiff NAME` or `python SCRIPT`."""
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        words = ["python", "-m", program.parent.name]
-    elif program.resolve().parent == Path(__file__).resolve().parent.parent:
-        words = ["python", "-m", f"jaxdiff.{program.stem}"]
-    else:
-        words = ["python", str(program)] if program.suffix == ".py" else [program.name]
-    return shlex.join([*words, *sys.argv[1:]])
-
-
-def tree_hash(tree: Any) -> str:
-    """Return the SHA-256 of nested dicts of arrays: names, dtypes, shapes and bytes, in order of name.
-
-    Raises:
-      TypeError: a leaf is no array of numbers.
-    """
-    digest = hashlib.sha256()
-
-    def add(names: tuple[str, ...], node: Any) -> None:
-        if isinstance(node, Mapping):
-            # JSON keeps {"a/b": x} apart from {"a": {"b": x}}, and an empty dict leaves its mark.
-            digest.update(json.dumps([*names, sorted(node)]).encode())
-            for name in sorted(node):
-                add((*names, name), node[name])
-            return
-        array = np.asarray(node)
-        if array.dtype.hasobject:
-            raise TypeError(f"{'/'.join(names)}: only arrays of numbers can be hashed, got {type(node).__name__}")
-        digest.update(json.dumps([*names, str(array.dtype), array.shape]).encode())
-        digest.update(array.tobytes())
-
-    add((), tree)
-    return digest.hexdigest()
-
-
-class MetricsLog:
-    """Figures by step in metrics.jsonl and TensorBoard; a resumed log reads like an uninterrupted one."""
-
-    def __init__(self, folder: Path, resumed_step: int):
-        """Open the log, forgetting everything after `resumed_step`, which will be done again."""
-        path = folder / METRICS
-        kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, path)
-        self._file = path.open("a")
-        # tensorboardX names a file by the second alone and would overwrite the file of a run stopped within it.
-        suffix = f".{resumed_step:09d}"
-        board = folder / "tensorboard"
-        self._board = SummaryWriter(str(board), purge_step=resumed_step + 1, filename_suffix=suffix)
-
-    def write(self, step: int, figures: Mapping[str, float | int]) -> None:
-        """Append figures of one step.
-
-        Raises:
-          ValueError: one of them is not finite.
-        """
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} is {value} at step {step}")
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Flush and close both files."""
-        self._file.close()
-        self._board.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the logged lines in order; a last line cut short by a crash is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-    return lines

@@ -16,7 +16,8 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Dataset, Splits, batches
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
-from jaxdiff.io.runs import METRICS, Figures, MetricsLog, read_json, read_lines
+from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
+from jaxdiff.io.runs import Figures, read_json
 from jaxdiff.mesh import put_batch
 from jaxdiff.models.classifier import ClassifierConfig
 from jaxdiff.recipes.conditional import ConditionalModel, build_conditional_model

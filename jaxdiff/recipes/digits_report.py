@@ -10,8 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff.io.images import write_png
+from jaxdiff.io.metrics import METRICS, read_lines
+from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Confusion, Curve, Figure, Picture, Report, Section, Table, write_report
-from jaxdiff.io.runs import DATA, METRICS, read_json, read_lines, tree_hash, write_results
+from jaxdiff.io.runs import DATA, read_json, write_results
 from jaxdiff.recipes.conditional import ConditionalModel
 from jaxdiff.recipes.evaluation import (
     Samples,

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from jaxdiff.errors import InputError, InterruptedRun
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.interruption import StopRequest
+from jaxdiff.io.metrics import MetricsLog
 from jaxdiff.io.progress import progress_bar
-from jaxdiff.io.runs import MetricsLog
 from jaxdiff.recipes.training import StepResult, TrainState, fit
 from jaxdiff.settings import TrainingSettings
 
