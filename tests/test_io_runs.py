@@ -1,4 +1,4 @@
-"""Run folders: a config reads back equal, another is refused by name, starting over deletes the run and nothing else."""
+"""Run folders: a config reads back equal, another is refused by name, starting over deletes the run and no more."""
 
 import json
 import os
