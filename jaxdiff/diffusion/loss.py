@@ -7,7 +7,7 @@ A weight is stated once for the error of one quantity and carried to the others 
     (2)  constant  1 on the error of whatever the network predicts               (arXiv 2006.11239, eq. 14)
     (3)  min_snr   min(snr, gamma) on the x_0 error                              (arXiv 2303.09556, eq. 8)
     (4)  sigmoid   sigmoid(bias - logsnr) on the eps error, the average taken over logsnr: for uniform
-                   timesteps, times logsnr_slope                            (arXiv 2303.00848, eq. 2; 2410.19324)
+                   timesteps, times logsnr_slope                            (arXiv 2303.00848; 2410.19324)
 """
 
 from typing import Literal
