@@ -66,6 +66,27 @@ def clip_x_0(prediction: Prediction, x_t: Images, alpha_t: Scale, sigma_t: Scale
     return Prediction(x_0, _noise_of(x_0, x_t, expand(alpha_t, x_t), expand(sigma_t, x_t)))
 
 
+def threshold_x_0(
+    prediction: Prediction, x_t: Images, alpha_t: Scale, sigma_t: Scale, quantile: float = 0.995
+) -> Prediction:
+    """Scale the clean image down to [-1, 1] where more than a few values exceed it, "dynamic thresholding".
+
+    Each image is clipped to its own `quantile` of |x_0|, at least 1, and divided by it (arXiv 2205.11487, section 2.3);
+    the noise is recomputed, so that equation (1) still holds.
+    """
+    magnitudes = jnp.abs(prediction.x_0).reshape(x_t.shape[0], -1)
+    bound = expand(jnp.maximum(jnp.quantile(magnitudes, quantile, axis=1), 1.0), x_t)
+    x_0 = jnp.clip(prediction.x_0, -bound, bound) / bound
+    return Prediction(x_0, _noise_of(x_0, x_t, expand(alpha_t, x_t), expand(sigma_t, x_t)))
+
+
+def with_eps(prediction: Prediction, eps: Images, alpha_t: Scale, sigma_t: Scale) -> Prediction:
+    """Put another noise in and solve equation (1) for x_0; where alpha_t = 0 it has no solution: nothing changes."""
+    alpha, sigma = expand(alpha_t, eps), expand(sigma_t, eps)
+    solved = prediction.x_0 - sigma / jnp.where(alpha > 0, alpha, 1.0) * (eps - prediction.eps)
+    return Prediction(jnp.where(alpha > 0, solved, prediction.x_0), jnp.where(alpha > 0, eps, prediction.eps))
+
+
 def _noise_of(x_0: Images, x_t: Images, alpha: Array, sigma: Array) -> Images:
     """Solve equation (1) for eps; 0 where there is no noise."""
     return jnp.where(sigma > 0, (x_t - alpha * x_0) / jnp.where(sigma > 0, sigma, 1.0), 0.0)
