@@ -5,7 +5,6 @@ length and the JSON are checked here, because a hostile file could otherwise ask
 tensors of one name; the places of the tensors are checked by the safetensors package.
 """
 
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.strict_json import MAX_JSON_BYTES, parse_json, read_strict_json
 
-MAX_HEADER_BYTES = 2**25
-"""Most JSON that is parsed: the largest published models need a few megabytes."""
 MAX_NAMED = 8
 """Most tensor names that one message lists."""
 
@@ -222,25 +220,6 @@ def list_faults(**faults: Collection[str]) -> str:
     )
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON in which no object has a name twice.
-
-    Raises:
-      ValueError: it is no such JSON.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-            raise ValueError(f"the name {twice[0]!r} stands there twice")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
 def _show(spec: Spec) -> str:
     return f"{spec[1]}[{', '.join(map(str, spec[0]))}]"
 
@@ -253,8 +232,8 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or 8 + length > size:
                 raise InputError(f"{path}: truncated, or not a safetensors file ({size:,} bytes); download it again")
-            if length > MAX_HEADER_BYTES:
-                raise InputError(f"{path}: a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
+            if length > MAX_JSON_BYTES:
+                raise InputError(f"{path}: a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} allowed")
             text = file.read(length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
@@ -277,19 +256,13 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return which file holds which tensor, having checked that all the files are there, beside the index."""
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise InputError(f"{path}: larger than the {MAX_HEADER_BYTES:,} bytes allowed")
-        weight_map = parse_json(path.read_bytes())["weight_map"]
-        files = set(weight_map.values())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not the index of a sharded model ({error}); download it again") from error
-    for file in files:
+    weight_map = read_strict_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: has no weight_map, so it is not the index of a sharded model")
+    for file in weight_map.values():
         if not isinstance(file, str) or not file.endswith(".safetensors") or {"/", "\\", "\0"} & set(file):
             raise InputError(f"{path}: names {file!r}, but may only name safetensors files beside itself")
-    if faults := list_faults(missing_beside_it={file for file in files if not (path.parent / file).is_file()}):
+    if faults := list_faults(missing_beside_it={f for f in weight_map.values() if not (path.parent / f).is_file()}):
         raise InputError(f"{path}: {faults}; download the folder again")
     return weight_map
 
