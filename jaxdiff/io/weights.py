@@ -70,12 +70,17 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 class ShardedTensors(Mapping[str, np.ndarray]):
-    """The tensors of a model that was split over several safetensors files, by name, as `TensorFile` gives them."""
+    """The tensors of a model that was split over several safetensors files, by name, as `TensorFile` gives them.
+
+    Attributes:
+      files: the files, in the order of their names.
+    """
 
     def __init__(self, index: Path):
         self.path = index
         weight_map = _read_index(index)
         shards = {file: TensorFile(index.parent / file) for file in sorted(set(weight_map.values()))}
+        self.files = [shard.path for shard in shards.values()]
         self._shards = {name: shards[file] for name, file in weight_map.items()}
         listed, found = {*self._shards}, [name for shard in shards.values() for name in shard]
         misplaced = {name for name, shard in self._shards.items() if name not in shard}

@@ -23,6 +23,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "jaxdiff-unet"
 FORMAT_VERSION = 1
+MAX_TIMESTEPS = 100_000
+"""Most timesteps of a schedule, so that no file asks for tables of any size."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class ForwardProcess:
     zero_terminal_snr: bool = False
 
     def __post_init__(self):
-        if self.num_train_timesteps < (2 if self.zero_terminal_snr else 1):
-            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, too few")
+        if not (2 if self.zero_terminal_snr else 1) <= self.num_train_timesteps <= MAX_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, not in 1..{MAX_TIMESTEPS}")
         check_prediction_type(self.make_schedule(), self.prediction_type)
 
     def make_schedule(self) -> NoiseSchedule:
