@@ -67,9 +67,8 @@ def run_command(
 def print_commands(program: str, arguments: str, commands: Mapping[str, str], word: str) -> int:
     """Print the list of commands, as help or because `word` names none of them; return the exit code."""
     listing = "\n".join(f"  {command:<12} {does}" for command, does in commands.items())
-    usage = (
-        f"usage: {program} COMMAND {arguments}\n\ncommands:\n{listing}\n\n{program} COMMAND --help lists the options."
-    )
+    more = f"{program} COMMAND --help lists the options."
+    usage = f"usage: {program} COMMAND {arguments}\n\ncommands:\n{listing}\n\n{more}"
     if word in ("-h", "--help"):
         print(usage)
         return 0

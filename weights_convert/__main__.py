@@ -9,8 +9,9 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+import tyro
 
 from jaxdiff.command import print_commands, run_command
 
@@ -23,9 +24,9 @@ COMMANDS = {
 class Config:
     """Convert published weights into a folder that jaxdiff reads."""
 
-    source: Positional[str]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder or file with the weights, or OWNER/NAME of a model on the Hugging Face hub."""
-    out: Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write into; an earlier conversion there is replaced, anything else is refused."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None means the newest. Only with a hub name."""

@@ -25,7 +25,7 @@ from jaxdiff.recipes.pretrained_unet import (
     unet_shapes,
 )
 from weights_convert.diffusers_config import translate_scheduler, translate_unet
-from weights_convert.output import open_output
+from weights_convert.output import check_output
 from weights_convert.rules import Rule, convert
 from weights_convert.source import digest, find_source, find_weights, read_tensors
 from weights_convert.unet_tables import DIFFUSERS, FREQUENCIES, course_rules
@@ -51,7 +51,7 @@ def run(source: str, out: Path, revision: str | None = None) -> list[Path]:
     Raises:
       InputError: the source is missing, damaged, or not a UNet that jaxdiff has.
     """
-    folder = open_output(out, FORMAT, (CONFIG, WEIGHTS))
+    folder = check_output(out, FORMAT, (CONFIG, WEIGHTS))
     path = find_source(source, DOWNLOADS, revision)
     params, config = convert_folder(source, path) if path.is_dir() else convert_course(source, path)
     print(

@@ -29,6 +29,20 @@ UNET_DEFAULTS: dict[str, Any] = {
     "norm_eps": 1e-5,
     "resnet_time_scale_shift": "default",
 }
+SAME_NAMES = (
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "attention_head_dim",
+    "norm_num_groups",
+    "norm_eps",
+    "dropout",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "downsample_padding",
+)
+"""Those that `UNetConfig` has under the same name."""
 UNET_FIXED: dict[str, Any] = {
     "center_input_sample": False,
     "time_embedding_type": "positional",
@@ -88,22 +102,6 @@ def translate_unet(path: Path) -> tuple[UNetConfig, int]:
         size = size[0]
     if type(size) is not int:
         raise InputError(f"{path}: sample_size is {size!r}, not the height and width of square images")
-    ours = {
-        name: fields[name]
-        for name in (
-            "in_channels",
-            "out_channels",
-            "block_out_channels",
-            "layers_per_block",
-            "attention_head_dim",
-            "norm_num_groups",
-            "norm_eps",
-            "dropout",
-            "flip_sin_to_cos",
-            "freq_shift",
-            "downsample_padding",
-        )
-    }
     scale_shift = _look_up(path, "resnet_time_scale_shift", fields, {"default": False, "scale_shift": True})
     # None means no norm in the middle's attention where the embedding scales and shifts; jaxdiff always has one.
     groups = (fields["norm_num_groups"],) if scale_shift else (None, fields["norm_num_groups"])
@@ -114,7 +112,7 @@ def translate_unet(path: Path) -> tuple[UNetConfig, int]:
     attention = _attention_levels(path, fields["down_block_types"], fields["up_block_types"])
     rest = {"attention": attention, "scale_shift": scale_shift, "patch_size": 1, "num_classes": 0, "num_domains": 0}
     try:
-        return decode(UNetConfig, {**ours, **rest}), size
+        return decode(UNetConfig, {name: fields[name] for name in SAME_NAMES} | rest), size
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -148,7 +146,7 @@ def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults]:
     sampling = {
         "spacing": fields["timestep_spacing"],
         "steps_offset": fields["steps_offset"],
-        "final": -1 if decode(bool, fields["set_alpha_to_one"], "set_alpha_to_one") else 0,
+        "final": -1 if fields["set_alpha_to_one"] else 0,
         "clip": fields["clip_sample"],
     }
     try:

@@ -1,6 +1,7 @@
 """The tables of rules for the two ways in which the tensors of a pixel-space UNet are named."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -35,10 +36,8 @@ _PLACES = (
     (r"mid_block\.(\w+)\.(\d+)\.", r"mid_block.\1_\2."),
 )
 _LAYERS = (
-    *(
-        (name, name, "kernel", conv_kernel)
-        for name in ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv")
-    ),
+    *((name, name, "kernel", conv_kernel) for name in ("conv_in", "conv1", "conv2", "conv_shortcut", "conv_out")),
+    ("conv", "conv", "kernel", conv_kernel),
     *((name, name, "kernel", dense_kernel) for name in ("linear_1", "linear_2", "time_emb_proj")),
     *((name, name, "scale", keep) for name in ("conv_norm_out", "norm1", "norm2", "group_norm")),
     *((name, name, "kernel", dense_kernel) for name in ("to_q", "to_k", "to_v")),
@@ -105,17 +104,15 @@ def _course_block(source: str, folder: str, index: int, attends: bool) -> Iterat
         attention = f"{folder}.attentions_{index}"
         yield from layer(rf"{source}\.attention\.norm", f"{attention}.group_norm", "scale", keep)
         yield from layer(rf"{source}\.attention\.out", f"{attention}.to_out_0", "kernel", dense_kernel)
-        thirds = tuple((f"{attention}.to_{name}", i) for i, name in enumerate("qkv"))
-        yield Rule(
-            rf"{source}\.attention\.qkv\.weight",
-            tuple((f"{target}.kernel", lambda fused, i=i: dense_kernel(_third(fused, i))) for target, i in thirds),
-        )
-        yield Rule(
-            rf"{source}\.attention\.qkv\.bias",
-            tuple((f"{target}.bias", lambda fused, i=i: _third(fused, i)) for target, i in thirds),
-        )
+        for end, leaf, part in (("weight", "kernel", _third_kernel), ("bias", "bias", _third)):
+            outputs = tuple((f"{attention}.to_{name}.{leaf}", partial(part, index=i)) for i, name in enumerate("qkv"))
+            yield Rule(rf"{source}\.attention\.qkv\.{end}", outputs)
 
 
 def _third(fused: np.ndarray, index: int) -> np.ndarray:
     """Return the rows of query (0), key (1) or value (2)."""
     return np.split(fused, 3)[index]
+
+
+def _third_kernel(fused: np.ndarray, index: int) -> np.ndarray:
+    return dense_kernel(_third(fused, index))

@@ -133,7 +133,8 @@ def read_pretrained_config(folder: Path) -> PretrainedConfig:
 
 
 def save_pretrained_unet(folder: Path, params: dict, config: PretrainedConfig) -> list[Path]:
-    """Write both files into an existing folder, config.json last, and return their paths."""
+    """Write both files into a folder, config.json last, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     write_safetensors(folder / WEIGHTS, flatten_params(params), {"format": FORMAT})
     write_json(folder / CONFIG, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(config)})
