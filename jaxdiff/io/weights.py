@@ -248,7 +248,7 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are no text")
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        specs = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+        specs = {name: (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise InputError(f"{path}: its header cannot be read ({error}); download it again") from error
     if 8 + length + end > size:
