@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.diffusion.guidance import Denoiser
 from jaxdiff.diffusion.prediction import Prediction, expand
-from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion.schedule import NoiseSchedule, Times
 from jaxdiff.diffusion.timesteps import Walk
 from jaxdiff.shapes import ImageKeys, Images, PRNGKey, Scalar, Timestep
 
@@ -48,7 +48,7 @@ class Move(NamedTuple):
     again: Bool[Array, ""]
 
     @property
-    def seen_at(self) -> Timestep:
+    def seen_at(self) -> Times:
         """Where the denoiser is evaluated."""
         return jnp.where(self.again, self.s, self.t)
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxdiff.diffusion.prediction import PredictionType
-from jaxdiff.diffusion.schedule import NoiseSchedule, ScheduleName, Spacing, check_prediction_type, make_schedule
+from jaxdiff.diffusion.schedule import NoiseSchedule, ScheduleName, check_prediction_type, make_schedule
+from jaxdiff.diffusion.timesteps import Spacing
 from jaxdiff.errors import InputError
 from jaxdiff.io.runs import write_json
 from jaxdiff.io.strict_json import decode, read_strict_json
