@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "jaxdiff"
 FOLDERS = {"diffusion": 1, "models": 1, "io": 1, "recipes": 2}
-FLOOR_0 = {"__init__", "shapes", "errors", "mesh", "settings"}
+FLOOR_0 = {"__init__", "shapes", "errors", "mesh", "settings", "ddim_settings"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
 

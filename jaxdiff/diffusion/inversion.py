@@ -8,6 +8,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jaxdiff.diffusion.guidance import Denoiser
 from jaxdiff.diffusion.prediction import Prediction
@@ -17,7 +18,13 @@ from jaxdiff.diffusion.timesteps import Walk
 from jaxdiff.shapes import Images, Timestep
 
 
-def invert(denoise: Denoiser, x_0: Images, schedule: NoiseSchedule, timesteps: Walk, iterations: int = 1) -> Images:
+def invert(
+    denoise: Denoiser,
+    x_0: Images,
+    schedule: NoiseSchedule,
+    timesteps: Walk,
+    iterations: int | Int[Array, ""] = 1,
+) -> Images:
     """Return the noise at the first of `timesteps` that DDIM (eta = 0) takes to x_0 along the same list.
 
     Args:

@@ -17,6 +17,11 @@ Scale = Float[Array, ""] | Float[Array, "B"]
 """alpha_t or sigma_t: one for the batch, or one for each image."""
 
 
+HIGHEST_LEVEL = 80.0
+"""sigma_t / alpha_t beyond which x_0 cannot be had from an eps of elsewhere, whose error it multiplies: the highest
+level that EDM samples from (arXiv 2206.00364, table 1). Cosine schedules begin far above it."""
+
+
 class Prediction(NamedTuple):
     """The clean image and the noise that a network sees in x_t; they satisfy equation (1)."""
 
@@ -81,10 +86,11 @@ def threshold_x_0(
 
 
 def with_eps(prediction: Prediction, eps: Images, alpha_t: Scale, sigma_t: Scale) -> Prediction:
-    """Put another noise in and solve equation (1) for x_0; where alpha_t = 0 it has no solution: nothing changes."""
+    """Put another noise in and solve equation (1) for x_0; nothing changes at noise levels above `HIGHEST_LEVEL`."""
     alpha, sigma = expand(alpha_t, eps), expand(sigma_t, eps)
-    solved = prediction.x_0 - sigma / jnp.where(alpha > 0, alpha, 1.0) * (eps - prediction.eps)
-    return Prediction(jnp.where(alpha > 0, solved, prediction.x_0), jnp.where(alpha > 0, eps, prediction.eps))
+    applies = sigma <= HIGHEST_LEVEL * alpha
+    solved = prediction.x_0 - sigma / jnp.where(applies, alpha, 1.0) * (eps - prediction.eps)
+    return Prediction(jnp.where(applies, solved, prediction.x_0), jnp.where(applies, eps, prediction.eps))
 
 
 def _noise_of(x_0: Images, x_t: Images, alpha: Array, sigma: Array) -> Images:

@@ -124,12 +124,18 @@ def sample_pixels(
       batch_size: images at once, a multiple of the number of devices.
       mesh: devices to split a batch over.
     """
-    for start in range(0, len(indices), batch_size):
-        chosen = np.arange(start, start + batch_size).clip(max=len(indices) - 1)
-        batch = put_batch(
-            (indices[chosen], Condition(condition.class_labels[chosen], condition.domain_labels[chosen])),
-            mesh,
-        )
-        keys = image_keys(stream_key(seed, Stream.SAMPLES), batch[0])
-        images = sampler(params, keys, batch[1])
-        yield to_uint8(np.asarray(images))[: len(indices) - start]
+    for (numbers, labels), count in in_batches((indices, condition), batch_size, mesh):
+        keys = image_keys(stream_key(seed, Stream.SAMPLES), numbers)
+        yield to_uint8(np.asarray(sampler(params, keys, labels)))[:count]
+
+
+def in_batches(arrays: Any, batch_size: int, mesh: Mesh) -> Iterator[tuple[Any, int]]:
+    """Yield parts of a tree of NumPy arrays, split over the devices, and how many of each part's images count.
+
+    All parts have `batch_size` images: the last one repeats its last image.
+    """
+    total = len(jax.tree.leaves(arrays)[0])
+    for start in range(0, total, batch_size):
+        chosen = np.arange(start, start + batch_size).clip(max=total - 1)
+        part = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], arrays)
+        yield put_batch(part, mesh), min(batch_size, total - start)
