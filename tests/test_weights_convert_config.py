@@ -61,6 +61,7 @@ def test_schedulers_in_our_words(tmp_path, scheduler, diffusion, sampling):
         ({"variance_type": "learned"}, "variance_type is 'learned'; jaxdiff only has 'fixed_small'"),
         ({"clip_sample_range": 2.0}, "clip_sample_range is 2.0; jaxdiff only has 1"),
         ({"sigma_data": 0.5}, "sigma_data is 0.5, but jaxdiff does not know this key"),
+        ({"_class_name": "DDIMScheduler", "set_alpha_to_one": "no"}, "set_alpha_to_one is 'no', not bool"),
         ({"set_alpha_to_one": False}, "set_alpha_to_one is False, but jaxdiff does not know this key"),
         ({"timestep_spacing": "karras"}, "spacing is 'karras', not one of 'leading', 'trailing', 'linspace'"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps is '1000', not int"),
@@ -110,7 +111,7 @@ def test_scheduler_configs_that_are_refused(tmp_path, changes, sentence):
         ({"downsample_padding": 2}, "downsample_padding must be 0 or 1, got 2"),
         ({"block_out_channels": "16"}, "block_out_channels is '16'"),
         ({"block_out_channels": [16, 20]}, "20 channels do not split into 8 groups"),
-        ({"norm_num_groups": 0}, "must number at least 1"),
+        ({"norm_num_groups": 0}, "must all number at least 1"),
         ({"layers_per_block": True}, "layers_per_block is True, not int"),
         ({"attention_head_dim": "8"}, "attention_head_dim is '8', not int"),
         (
