@@ -65,7 +65,7 @@ def test_what_is_saved_is_loaded(saved, params):
         (lambda c: c["unet"].update(norm_eps=10**400), "unet.norm_eps is 10+, not float"),
         (lambda c: c["unet"].update(out_channels=6), "the UNet makes 6 channels of 3, not a prediction alone"),
         (lambda c: c["unet"].update(attention_head_dim=-8), "must all number at least 1"),
-        (lambda c: c["unet"].update(freq_shift=4), r"freq_shift 4\.0 leaves no frequencies in 8 channels"),
+        (lambda c: c["unet"].update(freq_shift=4), r"freq_shift 4\.0 is too large for 8 channels"),
         (lambda c: c["unet"].update(attention=[True]), "attention needs one entry a level"),
         (lambda c: c.update(unet=[1]), r"unet is \[1\], not an object"),
         (lambda c: c["diffusion"].update(schedule="other"), "diffusion.schedule is 'other', not one of 'linear'"),

@@ -229,7 +229,7 @@ def not_a_number(tensors):
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding is True; jaxdiff only has False"),
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn is 'gelu'; jaxdiff only has 'silu'"),
         ("unet/config.json", {"sample_size": 15}, "image_size is 15, not a multiple of 2"),
-        ("unet/config.json", {"out_channels": 6}, "wrong: conv_out.bias is float32[3] instead of float32[6]"),
+        ("unet/config.json", {"out_channels": 6}, "the UNet makes 6 channels of 3, not a prediction alone"),
         ("scheduler/scheduler_config.json", {"steps_offset": 1000}, "steps_offset is 1000, not a timestep"),
         ("unet/config.json", {"layers_per_block": 2}, "not the parameters of this model (missing: "),
     ],

@@ -66,9 +66,7 @@ class UNetConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if not self.freq_shift < self.block_out_channels[0] // 2:
-            raise ValueError(
-                f"freq_shift {self.freq_shift} leaves no frequencies in {self.block_out_channels[0]} channels"
-            )
+            raise ValueError(f"freq_shift {self.freq_shift} is too large for {self.block_out_channels[0]} channels")
         if self.downsample_padding not in (0, 1):
             raise ValueError(f"downsample_padding must be 0 or 1, got {self.downsample_padding}")
         for channels in self.block_out_channels:
