@@ -23,6 +23,7 @@ _HOMES = {
     "guide": "diffusion.guidance",
     "UNet": "models.unet",
     "UNetConfig": "models.unet",
+    "load_pretrained_unet": "recipes.pretrained_unet",
 }
 """Public names and the modules they live in; importing jaxdiff alone imports none of them, nor jax."""
 

@@ -150,7 +150,6 @@ class Instance:
         (Instance(), "Instance"),
         ({"callbacks": {"x": Instance}}, "Instance"),
         (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-        (torch.quantize_per_tensor(X, 1.0, 0, torch.qint8), "torch._utils._rebuild_qtensor"),
         (X.to_sparse(), "torch._utils._rebuild_sparse_tensor"),
     ],
 )

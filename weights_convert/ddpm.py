@@ -1,7 +1,9 @@
 """Pixel-space UNets: a diffusers folder with a UNet2DModel, or the course's bare UNet.pt.
 
-python -m weights_convert ddpm google/ddpm-celebahq-256 weights/celebahq
-python -m weights_convert ddpm hw2_data/face/UNet.pt weights/face
+    python -m weights_convert ddpm google/ddpm-celebahq-256 weights/celebahq
+    python -m weights_convert ddpm hw2_data/face/UNet.pt weights/face
+
+Writes what `jaxdiff.recipes.pretrained_unet` loads.
 """
 
 from collections.abc import Mapping
@@ -71,20 +73,23 @@ def convert_folder(name: str, folder: Path) -> tuple[dict[str, Any], PretrainedC
     if not found:
         print(f"{name}: no scheduler_config.json, so schedule and sampling are set as in DDPM (arXiv 2006.11239)")
     weights = find_weights(model, WEIGHTS_OF_DIFFUSERS)
-    params = convert_tensors(str(weights), read_tensors(weights), DIFFUSERS, unet)
+    source = Source(name, digest(weights))
     try:
-        source = Source(name, digest(weights))
-        return params, PretrainedConfig(unet, image_size, diffusion, sampling, source)
+        config = PretrainedConfig(unet, image_size, diffusion, sampling, source)
     except ValueError as error:
         raise InputError(f"{model / 'config.json'}: {error}") from error
+    return convert_tensors(str(weights), read_tensors(weights), DIFFUSERS, unet), config
 
 
 def convert_course(name: str, path: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     """Return the parameters and the config of the course's face model."""
     unet = UNetConfig(**PRETRAINED[COURSE])
     tensors = read_tensors(path)
+    if "conv_in.weight" in tensors:
+        raise InputError(f"{path}: weights of diffusers, which need the config.json beside them; name their folder")
     params = convert_tensors(str(path), tensors, course_rules(unet), unet)
-    check_frequencies(path, tensors[FREQUENCIES], unet.block_out_channels[0])
+    if FREQUENCIES in tensors:
+        check_frequencies(path, tensors[FREQUENCIES], unet.block_out_channels[0])
     source = Source(name, digest(path))
     return params, PretrainedConfig(unet, COURSE_IMAGE_SIZE, ForwardProcess(), COURSE_SAMPLING, source)
 
@@ -105,4 +110,4 @@ def check_frequencies(path: Path, found: np.ndarray, features: int) -> None:
     """
     expected = 10_000.0 ** (-np.arange(0, features, 2) / features)
     if not (found.shape == expected.shape and np.allclose(found, expected, rtol=1e-5, atol=0)):
-        raise InputError(f"{path}: time.0.inv_freq is not 10000^(-2j/{features}); is it another model's?")
+        raise InputError(f"{path}: {FREQUENCIES} is not 10000^(-2j/{features}); is it another model's?")

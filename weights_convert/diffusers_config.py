@@ -143,13 +143,14 @@ def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults]:
         "prediction_type": _look_up(path, "prediction_type", fields, PREDICTION_TYPES),
         "zero_terminal_snr": fields["rescale_betas_zero_snr"],
     }
-    sampling = {
-        "spacing": fields["timestep_spacing"],
-        "steps_offset": fields["steps_offset"],
-        "final": -1 if fields["set_alpha_to_one"] else 0,
-        "clip": fields["clip_sample"],
-    }
     try:
+        ends_clean = decode(bool, fields["set_alpha_to_one"], "set_alpha_to_one")
+        sampling = {
+            "spacing": fields["timestep_spacing"],
+            "steps_offset": fields["steps_offset"],
+            "final": -1 if ends_clean else 0,
+            "clip": fields["clip_sample"],
+        }
         return decode(ForwardProcess, diffusion), decode(SamplingDefaults, sampling)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error

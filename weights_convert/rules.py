@@ -71,7 +71,6 @@ def convert(
         (match, outputs), *others = matches
         assert not others, f"two rules for {name}"
         tensor = source[name]
-        check_finite(origin, name, tensor)
         for template, transform in outputs:
             target = match.expand(template)
             try:
@@ -82,6 +81,7 @@ def convert(
             if target in converted:
                 twice.append(f"{target} (again by {name})")
             converted[target] = _as_wanted(value, wanted.get(target))
+            check_finite(origin, name, converted[target])
     if faults := list_faults(no_rule_for=unknown, filled_twice=twice, wrong=misshapen):
         raise InputError(f"{origin}: not the weights of this model ({faults}); is it another model's?")
     check_specs(origin, {name: spec_of(value) for name, value in converted.items()}, wanted)
@@ -91,4 +91,5 @@ def convert(
 def _as_wanted(value: np.ndarray, spec: Spec | None) -> np.ndarray:
     """Cast a float to the float that is wanted, and leave the rest to the check of all specs."""
     is_float = value.dtype.name in ("float16", "bfloat16", "float32", "float64")
-    return value.astype(spec[1]) if spec and is_float else value
+    with np.errstate(over="ignore"):  # what becomes infinite is found by check_finite
+        return value.astype(spec[1], copy=False) if spec and is_float else value

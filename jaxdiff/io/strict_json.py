@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import sys
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -75,7 +75,7 @@ def decode(kind: Any, value: Any, name: str = "") -> Any:
         return tuple(decode(args[0], item, name) for item in value)
     if origin is Literal and any(type(value) is type(choice) and value == choice for choice in args):
         return value
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if kind in (bool, int, str) and type(value) is kind:
         return value

@@ -6,6 +6,7 @@ tensors of one name; the places of the tensors are checked by the safetensors pa
 """
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,10 +83,10 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         shards = {file: TensorFile(index.parent / file) for file in sorted(set(weight_map.values()))}
         self.files = [shard.path for shard in shards.values()]
         self._shards = {name: shards[file] for name, file in weight_map.items()}
-        listed, found = {*self._shards}, [name for shard in shards.values() for name in shard]
-        misplaced = {name for name, shard in self._shards.items() if name not in shard}
-        twice = {name for name in found if found.count(name) > 1} if len(set(found)) < len(found) else set()
-        if faults := list_faults(not_where_it_says=misplaced, not_listed=set(found) - listed, in_two_files=twice):
+        found = Counter(name for shard in shards.values() for name in shard)
+        misplaced = [name for name, shard in self._shards.items() if name not in shard]
+        unlisted, twice = found.keys() - self._shards.keys(), [name for name, times in found.items() if times > 1]
+        if faults := list_faults(not_where_it_says=misplaced, not_listed=unlisted, in_two_files=twice):
             raise InputError(f"{index}: does not fit its files ({faults}); download the folder again")
 
     @property

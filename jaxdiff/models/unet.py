@@ -59,9 +59,14 @@ class UNetConfig:
             raise ValueError(
                 f"attention needs one entry a level: {len(self.attention)} given, {len(self.block_out_channels)} levels"
             )
-        counts = (*self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.patch_size)
-        if not self.block_out_channels or min(*counts, self.in_channels, self.out_channels) < 1:
-            raise ValueError("levels, their channels, layers, groups and patches must number at least 1")
+        counts = (self.in_channels, self.out_channels, self.layers_per_block, self.norm_num_groups, self.patch_size)
+        heads = 1 if self.attention_head_dim is None else self.attention_head_dim
+        if not self.block_out_channels or min(*counts, *self.block_out_channels, heads) < 1:
+            raise ValueError("levels, channels, layers, groups and patches must all number at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if not self.freq_shift < self.block_out_channels[0] // 2:
+            raise ValueError(f"freq_shift {self.freq_shift} is too large for {self.block_out_channels[0]} channels")
         if self.downsample_padding not in (0, 1):
             raise ValueError(f"downsample_padding must be 0 or 1, got {self.downsample_padding}")
         for channels in self.block_out_channels:

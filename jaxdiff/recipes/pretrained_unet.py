@@ -92,6 +92,12 @@ class PretrainedConfig:
     def __post_init__(self):
         if self.unet.num_classes or self.unet.num_domains:
             raise ValueError("a pretrained UNet has no class or domain conditions")
+        if self.unet.in_channels != self.unet.out_channels:
+            raise ValueError(
+                f"the UNet makes {self.unet.out_channels} channels of {self.unet.in_channels}, not a prediction alone"
+            )
+        if not 0 <= self.sampling.steps_offset < self.diffusion.num_train_timesteps:
+            raise ValueError(f"steps_offset is {self.sampling.steps_offset}, not a timestep")
         if self.image_size < 1 or self.image_size % self.unet.size_divisor:
             raise ValueError(f"image_size is {self.image_size}, not a multiple of {self.unet.size_divisor}")
 
@@ -106,6 +112,7 @@ def load_pretrained_unet(folder: Path, dtype: DTypeLike = jnp.float32) -> tuple[
     Raises:
       InputError: a file is missing or damaged, or either of them does not fit the format; the message names what.
     """
+    folder = folder.expanduser()
     config = read_pretrained_config(folder)
     params = load_params(folder / WEIGHTS, unet_shapes(config.unet))
     return UNet(config.unet, dtype), jax.tree.map(jnp.asarray, params), config
