@@ -1,6 +1,7 @@
 """Starting noises from files: one noise a file, the file's stem its name, read without running anything in it."""
 
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def _read(path: Path) -> np.ndarray:
         try:
             value = np.load(path, allow_pickle=False)
             value = _only(path, value) if path.suffix == ".npz" else value
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, np.ndarray):
         raise InputError(f"{path}: holds a {type(value).__name__} instead of one tensor")
