@@ -1,0 +1,61 @@
+"""What all benchmarks share: settings, fair timing of several candidates, and the peak that the machine allows."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of every benchmark."""
+
+    threads: int = 2
+    """CPU cores that both sides may use."""
+    repeats: int = 7
+    """Times that each candidate is measured; the median counts."""
+    out: Path = Path("runs/benchmark")
+    """Folder to write results.json to."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to be measured: a blocking call and the images that it works through."""
+
+    name: str
+    call: Callable[[], Any]
+    images: int
+
+
+def measure(tasks: list[Task], repeats: int) -> dict[str, float]:
+    """Return each task's median images a second, measured in turn `repeats` times after one warm-up call."""
+    rates: dict[str, list[float]] = {task.name: [] for task in tasks}
+    for task in tasks:
+        task.call()
+    for _ in range(repeats):
+        for task in tasks:
+            start = time.perf_counter()
+            task.call()
+            rates[task.name].append(task.images / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def matmul_peak(repeats: int) -> dict[str, float]:
+    """Return the float32 GFLOP/s of square matrix products, the best of three sizes, in PyTorch and in JAX."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    best = {"torch": 0.0, "jax": 0.0}
+    dot = jax.jit(jnp.dot)
+    for size in (1024, 2048, 3072):
+        ours, theirs = jnp.ones((size, size)), torch.ones(size, size)
+        tasks = [
+            Task("jax", lambda ours=ours: dot(ours, ours).block_until_ready(), 2 * size**3),
+            Task("torch", lambda theirs=theirs: theirs @ theirs, 2 * size**3),
+        ]
+        for name, rate in measure(tasks, repeats).items():
+            best[name] = max(best[name], rate / 1e9)
+    return best
