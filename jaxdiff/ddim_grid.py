@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff.command import run_command
-from jaxdiff.ddim_settings import DrawingSettings, ModeSettings
+from jaxdiff.ddim_settings import DrawingSettings, ModeSettings, require_effect
 from jaxdiff.errors import InputError
 from jaxdiff.settings import require, require_at_least, require_trained_branches
 from jaxdiff.train_cfg import Config as TrainConfig
@@ -29,8 +29,9 @@ Group = tyro.conf.arg(name="")
 class Config:
     """Show what DDIM does with a trained pixel-space model."""
 
-    weights: Path = Path("runs/train_cfg")
-    """A run of train_cfg, or a folder that `python -m weights_convert ddpm SOURCE FOLDER` wrote."""
+    weights: Path | None = None
+    """A run of train_cfg, or a folder that `python -m weights_convert ddpm SOURCE FOLDER` wrote; None means the run
+    under runs/ that train_cfg made last."""
     noise: Path | None = None
     """Folder of starting noises, one float32 tensor a file (.pt, .npy, .npz, .safetensors); None draws from --seed."""
     out: Path = Path("runs/ddim_grid")
@@ -58,6 +59,15 @@ class Config:
         for name in ("num_noises", "batch_size", "devices"):
             require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
+        require_effect(self.mode, self.drawing, self.modes)
+        require(
+            self.guidance_scale is None or self.mode != "invert",
+            "--guidance-scale: no effect with --mode invert, which goes without guidance",
+        )
+        require(
+            self.noise is None or self.seed == 0 or self.mode in ("eta", "all"),
+            f"--seed: no effect with --noise and --mode {self.mode}, which adds no noise on the way",
+        )
         require(
             self.noise is None or self.num_noises is None,
             "--num-noises has no effect with --noise: drop one of them",
@@ -74,54 +84,47 @@ def load_model(config: Config, mesh):
     Raises:
       InputError: there is neither, or a flag does not fit it.
     """
-    from jaxdiff.io.runs import read_json, read_run
+    from jaxdiff.io.runs import last_run, read_json, read_run
     from jaxdiff.recipes.pixel_model import pretrained_model, trained_model
 
-    if not (config.weights.expanduser() / "config.json").is_file():
+    weights = last_run(Path("runs")) if config.weights is None else config.weights.expanduser()
+    if weights is None or not (weights / "config.json").is_file():
+        where = "in runs/" if weights is None else f"in {weights}"
         raise InputError(
-            f"--weights {config.weights}: neither a run of train_cfg nor converted weights there. "
-            "`python -m jaxdiff.train_cfg` trains digits in some minutes; face weights come from "
+            f"--weights: no run of train_cfg {where}, nor converted weights. `python -m jaxdiff.train_cfg` trains "
+            "digits in some minutes; face weights come from "
             "`python -m weights_convert ddpm google/ddpm-celebahq-256 weights/celebahq`"
         )
-    if "format" in read_json(config.weights.expanduser() / "config.json"):
+    if "format" in read_json(weights / "config.json"):
         for name in ("domain", "guidance_scale"):
             flag = name.replace("_", "-")
-            require(getattr(config, name) is None, f"--{flag} has no effect: {config.weights} has no conditions")
-        return pretrained_model(config.weights.expanduser(), config.dtype)
-    folder, trained_with = read_run(config.weights, TrainConfig)
+            require(getattr(config, name) is None, f"--{flag} has no effect: {weights} has no conditions")
+        return pretrained_model(weights, config.dtype)
+    folder, trained_with = read_run(weights, TrainConfig)
     sampling = trained_with.sampling
     if config.guidance_scale is not None:
         sampling = dataclasses.replace(
             sampling, guidance_scale=config.guidance_scale, domain_guidance_scale=None, guidance_interval=None
         )
     require_trained_branches(sampling, trained_with.training)
-    return trained_model(
-        folder,
-        trained_with.preset,
-        config.dtype,
-        trained_with.diffusion,
-        trained_with.training,
-        sampling,
-        config.domain,
-        mesh,
-    )
+    known = trained_with.preset, config.dtype, trained_with.diffusion, trained_with.training
+    return trained_model(folder, *known, sampling, config.domain, mesh)
 
 
 def run(config: Config) -> list[Path]:
     """Load model and noises, show every mode, write everything down."""
     from jaxdiff.io.runs import as_json, make_folder
     from jaxdiff.mesh import make_mesh
-    from jaxdiff.recipes.ddim_modes import make_drawing, read_or_draw_noises
     from jaxdiff.recipes.ddim_report import show, write_all
+    from jaxdiff.recipes.drawing import make_drawing, read_or_draw_noises
 
     started = time.perf_counter()
     mesh = make_mesh(config.devices)
     model = load_model(config, mesh)
     names, noises = read_or_draw_noises(config.noise, config.num_noises or 10, config.seed, model.image_shape)
     drawing = make_drawing(model, config.drawing, config.seed, config.batch_size, mesh)
-    out = make_folder(config.out)
     shown = show(config.mode, drawing, names, noises, config.modes)
-    return write_all(out, drawing, shown, as_json(config), time.perf_counter() - started)
+    return write_all(make_folder(config.out), drawing, shown, as_json(config), started)
 
 
 def main(args: Sequence[str] | None = None) -> int:

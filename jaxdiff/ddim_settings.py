@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxdiff.settings import Threshold, as_flag, require, require_at_least
+from jaxdiff.settings import Spacing, Threshold, as_flag, require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class DrawingSettings:
     """DDIM steps; None means 50, or as many as --timesteps names."""
     timesteps: tuple[int, ...] | None = None
     """Visit these timesteps, largest first, instead of evenly spaced ones; the steps mode keeps its own."""
-    spacing: Literal["leading", "trailing", "linspace", "karras"] | None = None
+    spacing: Spacing | None = None
     """Which timesteps the steps visit (arXiv 2305.08891, table 2; karras: 2206.00364); None means as the preset."""
     threshold: Threshold | None = None
     """Predicted pixels outside [-1, 1]: clip (static), scale down (dynamic, arXiv 2205.11487) or leave (none); None
@@ -41,6 +41,17 @@ class DrawingSettings:
             )
 
 
+SHOWN_BY = {
+    "etas": "eta",
+    "alphas": "interpolate",
+    "extrapolate": "interpolate",
+    "step_counts": "steps",
+    "reference_steps": "steps",
+    "iterations": "invert",
+}
+"""Which mode each field of `ModeSettings` belongs to."""
+
+
 @dataclass(frozen=True)
 class ModeSettings:
     """What the modes show."""
@@ -53,8 +64,8 @@ class ModeSettings:
     """Allow alphas outside [0, 1]."""
     step_counts: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Columns of the steps grid."""
-    reference_steps: int = 1000
-    """DDIM steps that the steps mode compares with, at most T."""
+    reference_steps: int | None = None
+    """DDIM steps that the steps mode compares with; None means all timesteps, T."""
     iterations: tuple[int, ...] = (1, 5)
     """Inversions to show, by fixed-point iterations a step (arXiv 2309.04907); 1 is plain DDIM inversion."""
 
@@ -62,8 +73,13 @@ class ModeSettings:
         for name in ("etas", "alphas", "step_counts", "iterations"):
             values = getattr(self, name)
             require(len(values) > 0, f"{as_flag(name)} needs at least one value")
-            require(len(set(values)) == len(values), f"{as_flag(name)} names a value twice: {values}")
             require(all(map(math.isfinite, values)), f"{as_flag(name)} must be finite, got {values}")
+            # Files are named after them.
+            names = [f"{value:g}" for value in values]
+            require(
+                list(values) == sorted(values) and len(set(names)) == len(names),
+                f"{as_flag(name)} must rise, and differ in their first six digits, got {values}",
+            )
         require(all(0 <= eta <= 1 for eta in self.etas), f"--etas must lie in [0, 1], got {self.etas}")
         require(
             self.extrapolate or all(0 <= alpha <= 1 for alpha in self.alphas),
@@ -71,4 +87,23 @@ class ModeSettings:
         )
         for name in ("step_counts", "iterations"):
             require_at_least(name, min(getattr(self, name)), 1)
-        require_at_least("reference_steps", self.reference_steps, 1)
+        require_at_least("reference_steps", 1 if self.reference_steps is None else self.reference_steps, 1)
+        require(
+            not self.extrapolate or not all(0 <= alpha <= 1 for alpha in self.alphas),
+            f"--extrapolate has no effect: all --alphas lie in [0, 1], got {self.alphas}",
+        )
+
+
+def require_effect(mode: str, drawing: DrawingSettings, modes: ModeSettings) -> None:
+    """Raise InputError where a flag was given that the chosen mode does not read."""
+    defaults = ModeSettings()
+    unread = [
+        name
+        for name, reader in SHOWN_BY.items()
+        if mode not in (reader, "all") and getattr(modes, name) != getattr(defaults, name)
+    ]
+    if mode == "steps":
+        unread += [name for name in ("timesteps", "num_steps") if getattr(drawing, name) is not None]
+    if mode == "invert" and drawing.threshold is not None:
+        unread.append("threshold")
+    require(not unread, f"{', '.join(map(as_flag, unread))}: no effect with --mode {mode}")

@@ -7,6 +7,7 @@ from typing import Literal
 from jaxdiff.errors import InputError
 
 SamplerName = Literal["ddim", "ddpm", "euler", "heun", "dpm++2m", "dpm++2m-sde", "unipc", "pndm"]
+Spacing = Literal["leading", "trailing", "linspace", "karras"]
 Threshold = Literal["static", "dynamic", "none"]
 
 
@@ -132,13 +133,15 @@ class SamplingSettings:
     DPM-Solver++ 2M or its SDE form (2211.01095), UniPC (2302.04867), PNDM (2202.09778)."""
     num_steps: int = 25
     """Sampling steps, 1 to T."""
-    spacing: Literal["leading", "trailing", "linspace", "karras"] = "trailing"
+    spacing: Spacing = "trailing"
     """Which of the T timesteps the steps visit (arXiv 2305.08891, table 2; karras: 2206.00364, eq. 5)."""
     threshold: Threshold = "static"
     """What happens to predicted pixels outside [-1, 1]: clip them (static), scale the image down (dynamic, arXiv
     2205.11487) or nothing."""
     eta: float | None = None
     """Share of DDPM's noise in a DDIM step, 0 (none) to 1 (all); None means 0. Only with --sampler ddim."""
+    churn: float | None = None
+    """Fresh noise over all steps together, S_churn of arXiv 2206.00364; None means 0. Only with euler and heun."""
     guidance_scale: float = 4.0
     """Classifier-free guidance g = 1 + w of arXiv 2207.12598: 0 unconditional, 1 conditional, more is stronger."""
     domain_guidance_scale: float | None = None
@@ -158,6 +161,14 @@ class SamplingSettings:
         require(
             self.eta is None or self.sampler == "ddim",
             f"--eta has no effect with --sampler {self.sampler}: drop it or use ddim",
+        )
+        require(
+            self.churn is None or self.sampler in ("euler", "heun"),
+            f"--churn has no effect with --sampler {self.sampler}: drop it or use euler or heun",
+        )
+        require(
+            self.churn is None or (math.isfinite(self.churn) and self.churn >= 0),
+            f"--churn must be a finite number of at least 0, got {self.churn}",
         )
         require(self.eta is None or 0 <= self.eta <= 1, f"--eta must lie in [0, 1], got {self.eta}")
         for flag, scale in (

@@ -31,12 +31,19 @@ class Churn:
       low: S_tmin, the least noise level that is raised.
       high: S_tmax, the greatest.
       noise: S_noise, standard deviation of the fresh noise.
+
+    Raises:
+      ValueError: a negative amount or noise, or low > high.
     """
 
     amount: float = 0.0
     low: float = 0.0
     high: float = math.inf
     noise: float = 1.0
+
+    def __post_init__(self):
+        if self.amount < 0 or self.noise < 0 or self.low > self.high:
+            raise ValueError(f"churn needs amount >= 0, noise >= 0 and low <= high, got {self}")
 
     def apply(self, schedule: NoiseSchedule, x_t: Images, move: Move, draw: Draw) -> tuple[Images, Timestep]:
         """Return x and t after equation (4); the level never leaves the schedule."""
@@ -69,7 +76,10 @@ class Euler(Sampler):
 
 @dataclass(frozen=True)
 class Heun(Sampler):
-    """Equation (3) after churn: two evaluations a step, one for the step to clean data."""
+    """Equation (3) after churn: two evaluations a step, one for the step to clean data.
+
+    Steps that begin above `HIGHEST_LEVEL` are not corrected.
+    """
 
     churn: Churn = field(default_factory=Churn)
 

@@ -4,7 +4,7 @@
     (2)  slerp        sin((1 - a) theta) / sin(theta) x + sin(a theta) / sin(theta) y,
                       theta the angle between x and y as flat vectors                            (Shoemake 1985)
     (3)  normal       ((1 - a) x + a y) / sqrt((1 - a)^2 + a^2): normal noise again, where x and y are independent
-                                                                                     (arXiv 2408.08558, eq. 4 to 6)
+                                                                                     (arXiv 2408.08558)
 
 A standard normal noise of d values has a norm of sqrt(2) Gamma((d + 1) / 2) / Gamma(d / 2), about sqrt(d - 1/2).
 """

@@ -2,8 +2,8 @@
 
 (1)  DDIM, eta = 0, from s down to t:  x_t = alpha_t x_0 + sigma_t eps,  both seen at (x_s, s)   (arXiv 2010.02502)
 (2)  its inverse:  x_s = alpha_s (x_t - sigma_t eps(x_s, s)) / alpha_t + sigma_s eps(x_s, s)
-(3)  (2) has x_s on both sides; it is iterated from x_s = x_t. One iteration is the usual inversion (section 4.3),
-     more of them approach the exact one                                      (arXiv 2309.04907, section 3.2)
+(3)  (2) has x_s on both sides; it is iterated from x_s = x_t. One iteration, eps(x_t, s), is the inversion that
+     diffusers ships; more of them approach the exact one                                  (arXiv 2309.04907)
 """
 
 import jax
@@ -14,7 +14,7 @@ from jaxdiff.diffusion.guidance import Denoiser
 from jaxdiff.diffusion.prediction import Prediction
 from jaxdiff.diffusion.samplers import recombine
 from jaxdiff.diffusion.schedule import NoiseSchedule
-from jaxdiff.diffusion.timesteps import Walk
+from jaxdiff.diffusion.timesteps import Walk, check_inside
 from jaxdiff.shapes import Images, Timestep
 
 
@@ -33,7 +33,11 @@ def invert(
       schedule: noise schedule.
       timesteps: from `with_final`.
       iterations: of equation (3), at least 1; each costs one evaluation a step.
+
+    Raises:
+      ValueError: the first of `timesteps` is above T-1.
     """
+    check_inside(timesteps, schedule)
 
     def climb(x_t: Images, interval: tuple[Timestep, Timestep]) -> tuple[Images, None]:
         t, s = interval

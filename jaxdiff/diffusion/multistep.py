@@ -4,10 +4,11 @@
     (2)  2M      x_s = sigma_s/sigma_t x_t + alpha_s (1 - e^-h) D,   D = x_0(t) + (x_0(t) - x_0(before)) / (2 r)
                                                                              (arXiv 2211.01095, algorithm 2)
     (3)  2M SDE  x_s = sigma_s/sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) z
-                                                                             (arXiv 2211.01095, section 5)
-    (4)  UniPC   predictor and corrector of order 2 in x_0, B(h) = e^-h - 1  (arXiv 2302.04867, algorithms 1 and 2)
+                                                                             (arXiv 2211.01095)
+    (4)  UniPC   UniP-2, which is (2), then corrected by UniC-2 to order 3, in x_0 with B(h) = e^-h - 1
+                                                                             (arXiv 2302.04867)
     (5)  PNDM    x_s = alpha_s x_0' + sigma_s eps', eps' the Adams-Bashforth mean of the last four eps
-                                                                             (arXiv 2202.09778, eq. 11 and 12)
+                                                                             (arXiv 2202.09778)
 
 The first step has no past, and the step to clean data has h = inf: (2) to (4) take both with D = x_0(t), and without
 noise that is DDIM.
@@ -148,7 +149,7 @@ ADAMS_BASHFORTH = ((1.0, 0.0, 0.0, 0.0), (3 / 2, -1 / 2, 0.0, 0.0), (23 / 12, -1
 class PNDM(Sampler):
     """Equation (5) without Runge-Kutta warm-up ("PLMS"): the first interval is looked at twice, as by Heun's method.
 
-    The weights are those of steps of equal length in t.
+    The weights are those of steps of equal length in t; a step that begins above `HIGHEST_LEVEL` follows its own eps.
     """
 
     def plan(self, timesteps: Walk) -> Move:

@@ -17,9 +17,9 @@ Scale = Float[Array, ""] | Float[Array, "B"]
 """alpha_t or sigma_t: one for the batch, or one for each image."""
 
 
-HIGHEST_LEVEL = 80.0
-"""sigma_t / alpha_t beyond which x_0 cannot be had from an eps of elsewhere, whose error it multiplies: the highest
-level that EDM samples from (arXiv 2206.00364, table 1). Cosine schedules begin far above it."""
+HIGHEST_LEVEL = 160.0
+"""sigma_t / alpha_t beyond which x_0 cannot be had from an eps of elsewhere, whose error it multiplies. DDPM's linear
+schedule, with levels up to 157, stays below; cosine and zero-terminal-SNR schedules begin far above it."""
 
 
 class Prediction(NamedTuple):
@@ -66,7 +66,10 @@ def to_target(x_0: Images, eps: Images, alpha_t: Scale, sigma_t: Scale, predicti
 
 
 def clip_x_0(prediction: Prediction, x_t: Images, alpha_t: Scale, sigma_t: Scale, bound: float = 1.0) -> Prediction:
-    """Clip the clean image to [-bound, bound] and recompute the noise, so that equation (1) still holds."""
+    """Clip the clean image to [-bound, bound] and recompute the noise, so that equation (1) still holds.
+
+    diffusers' DDIM goes on with the noise from before clipping unless told `use_clipped_model_output`.
+    """
     x_0 = jnp.clip(prediction.x_0, -bound, bound)
     return Prediction(x_0, _noise_of(x_0, x_t, expand(alpha_t, x_t), expand(sigma_t, x_t)))
 

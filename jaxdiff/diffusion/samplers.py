@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdiff.diffusion.guidance import Denoiser
 from jaxdiff.diffusion.prediction import Prediction, expand
 from jaxdiff.diffusion.schedule import NoiseSchedule, Times
-from jaxdiff.diffusion.timesteps import Walk
+from jaxdiff.diffusion.timesteps import Walk, check_inside
 from jaxdiff.shapes import ImageKeys, Images, PRNGKey, Scalar, Timestep
 
 Draw = Callable[[], Images]
@@ -31,7 +31,7 @@ Draw = Callable[[], Images]
 
 
 class Move(NamedTuple):
-    """One evaluation of the denoiser and what it is for; as stacked arrays, a sampler's whole plan.
+    """One evaluation of the denoiser and what it is for; with a leading axis in every field, a sampler's whole plan.
 
     Attributes:
       t: where the interval begins.
@@ -72,7 +72,8 @@ class Sampler:
 
 
 class Trajectory(NamedTuple):
-    """What the reverse process went through: every state, and the clean image seen in each but the last."""
+    """What the reverse process went through: every state, first tries of Heun and PNDM included, and the clean image
+    seen in each but the last."""
 
     x_t: Float[Array, "M+1 B H W C"]
     x_0: Float[Array, "M B H W C"]
@@ -110,7 +111,13 @@ def sample(
 
     Returns:
       The images at the last of `timesteps`, and the `Trajectory` if asked for.
+
+    Raises:
+      ValueError: the first of `timesteps` is above T-1, or there is not one key for each image.
     """
+    check_inside(timesteps, schedule)
+    if keys.shape[0] != x_T.shape[0]:
+        raise ValueError(f"one key for each image is needed: {keys.shape[0]} keys, {x_T.shape[0]} images")
 
     def body(carry: tuple[Images, Any], move: Move):
         x_t, memory = carry
@@ -166,19 +173,30 @@ class DDIM(Sampler):
 
     Attributes:
       eta: 0 for the deterministic process, 1 for DDPM's noise; an array gives every image its own.
+
+    Raises:
+      ValueError: eta is a number outside [0, 1].
     """
 
     eta: float | Float[Array, "B"] = 0.0
+
+    def __post_init__(self):
+        if isinstance(self.eta, int | float) and not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
 
     def step(self, schedule, denoise, x_t, memory, move, draw):
         """Take one step of equation (2)."""
         prediction = denoise(x_t, move.t)
         if isinstance(self.eta, int | float) and self.eta == 0:
             return recombine(schedule, prediction, move.s), memory, prediction
+        alpha_t, sigma_t = schedule.alpha_sigma(move.t)
         alpha_s, sigma_s = schedule.alpha_sigma(move.s)
-        step_std = expand(self.eta * posterior_std(schedule, move.t, move.s), x_t)
-        direction = jnp.sqrt(jnp.maximum(0.0, sigma_s**2 - step_std**2))
-        return alpha_s * prediction.x_0 + direction * prediction.eps + step_std * draw(), memory, prediction
+        eta = expand(jnp.asarray(self.eta), x_t)
+        # 1 - a_s - step_std^2 of equation (2), without its cancellation.
+        kept = alpha_t * sigma_s / (alpha_s * sigma_t)
+        direction = sigma_s * jnp.sqrt(1 - eta**2 + (eta * kept) ** 2)
+        noise = eta * posterior_std(schedule, move.t, move.s) * draw()
+        return alpha_s * prediction.x_0 + direction * prediction.eps + noise, memory, prediction
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@
     (6)  zero terminal SNR: sqrt(alphas_cumprod) shifted and scaled so that its last entry is 0 and its first
          stays                                                                            (arXiv 2305.08891, alg. 1)
 
-Code index t is DDPM's step t+1. Tables are made in float64 and cast once. Between the integers, logsnr is linear in t.
+Code index t is DDPM's step t+1. Tables are made in float64 and cast once. Between the integers, logsnr is
+linear in t; just below a timestep of zero SNR it is -inf, as there.
 """
 
 from dataclasses import dataclass
@@ -59,7 +60,11 @@ class NoiseSchedule:
         if jnp.issubdtype(t.dtype, jnp.integer):
             inside = self.logsnrs[jnp.maximum(t, 0)]
         else:
-            inside = jnp.interp(t, jnp.arange(self.num_train_timesteps, dtype=t.dtype), self.logsnrs)
+            below = jnp.clip(jnp.floor(t).astype(jnp.int32), 0, self.num_train_timesteps - 1)
+            above = jnp.minimum(below + 1, self.num_train_timesteps - 1)
+            share = t - below
+            rise = jnp.where(share > 0, share * (self.logsnrs[above] - self.logsnrs[below]), 0.0)
+            inside = self.logsnrs[below] + rise
         return jnp.where(t < 0, jnp.inf, inside)
 
     def logsnr_slope(self, t: Int[Array, "*S"]) -> Float[Array, "*S"]:
@@ -93,8 +98,10 @@ def make_schedule(
       zero_terminal_snr: apply equation (6).
 
     Raises:
-      ValueError: unknown name, or betas outside 0 < beta_start <= beta_end < 1.
+      ValueError: unknown name, betas outside 0 < beta_start <= beta_end < 1, or too few timesteps for equation (6).
     """
+    if zero_terminal_snr and num_train_timesteps < 2:
+        raise ValueError(f"zero terminal SNR needs at least 2 timesteps, got {num_train_timesteps}")
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"betas need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
     if name == "linear":

@@ -1,6 +1,6 @@
 """Which timesteps a sampler visits, largest first.
 
-    (1)  leading   t_i = i (T // N) + offset;   trailing  t_i = round(T - i T / N) - 1;   linspace  both ends
+    (1)  leading   t_i = (N - 1 - i) (T // N) + offset;   trailing  t_i = round(T - i T / N) - 1;   linspace  both ends
                                                                              (arXiv 2305.08891, table 2)
     (2)  Karras    noise_level_i = (max^(1/rho) + i / (N - 1) (min^(1/rho) - max^(1/rho)))^rho, rho = 7
                                                                              (arXiv 2206.00364, eq. 5)
@@ -36,8 +36,9 @@ def timestep_spacing(spacing: Spacing, num_steps: int, schedule: NoiseSchedule, 
       offset: added to every leading timestep.
 
     Raises:
-      ValueError: num_steps outside 1..T, an unknown spacing, an offset that leaves 0..T-1 or has no effect, or no
-        finite noise level at T-1 for (2).
+      ValueError: num_steps outside 1..T, an unknown spacing, an offset that leaves 0..T-1 or has no effect, leading
+        steps that T // N rounds so far down that they miss the noisiest timesteps, or no finite noise level at T-1
+        for (2).
     """
     total = schedule.num_train_timesteps
     if not 1 <= num_steps <= total:
@@ -59,6 +60,11 @@ def timestep_spacing(spacing: Spacing, num_steps: int, schedule: NoiseSchedule, 
         raise ValueError(f"unknown spacing {spacing!r}: choose leading, trailing, linspace or karras")
     if timesteps[0] < 0 or timesteps[-1] > total - 1:
         raise ValueError(f"offset {offset} moves {num_steps} leading timesteps out of 0..{total - 1}")
+    if spacing == "leading" and timesteps[-1] + 2 * (total // num_steps) < total - 1:
+        raise ValueError(
+            f"{num_steps} leading timesteps end at {timesteps[-1]}, far below {total - 1}: take a number that divides "
+            f"{total}, or trailing spacing"
+        )
     return timesteps[::-1].astype(np.int32)
 
 
@@ -76,11 +82,19 @@ def with_final(timesteps: Timetable, final: int = CLEAN) -> Walk:
     """Append where the last step ends: -1 for clean data, 0 for the first noisy timestep.
 
     Raises:
-      ValueError: the list is empty, not finite, does not fall strictly, or ends below -1.
+      ValueError: the list is empty, not finite, negative, does not fall strictly, or `final` is below -1.
     """
     timesteps = np.asarray(timesteps)
     kind = np.int32 if np.issubdtype(timesteps.dtype, np.integer) else np.float32
     walked = np.append(timesteps.astype(kind), kind(final))
-    if final < CLEAN or len(walked) < 2 or not np.all(np.diff(walked) < 0):
+    falls = len(walked) > 1 and np.isfinite(walked).all() and np.all(np.diff(walked) < 0) and walked[-2] >= 0
+    if final < CLEAN or not falls:
         raise ValueError(f"timesteps must fall strictly down to {final}, got {walked.tolist()}")
     return walked
+
+
+def check_inside(timesteps: Walk, schedule: NoiseSchedule) -> None:
+    """Raise ValueError where a walk begins above the schedule's last timestep, which JAX would take for the last."""
+    last = schedule.num_train_timesteps - 1
+    if timesteps[0] > last:
+        raise ValueError(f"timesteps must lie in 0..{last}, got {timesteps[0]}")

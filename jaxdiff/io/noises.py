@@ -2,6 +2,7 @@
 
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ def read_noises(folder: Path, image_shape: tuple[int, int, int]) -> tuple[list[s
     if not folder.is_dir():
         raise InputError(f"--noise {folder}: no such folder; leave it out to draw noise from --seed")
     paths = sorted((path for path in folder.iterdir() if path.suffix in SUFFIXES), key=_in_order)
+    if clashing := [path.name for path in paths if path.stem.startswith("grid_")]:
+        raise InputError(f"--noise {folder}: {clashing[0]} would be drawn over a grid; rename it")
     if not paths:
         raise InputError(f"--noise {folder}: no {', '.join(SUFFIXES)} files there")
     for before, path in zip(paths, paths[1:]):
@@ -36,9 +39,9 @@ def read_noises(folder: Path, image_shape: tuple[int, int, int]) -> tuple[list[s
     return [path.stem for path in paths], np.stack([_checked(path, _read(path), image_shape) for path in paths])
 
 
-def _in_order(path: Path) -> tuple[int | float, str]:
+def _in_order(path: Path) -> tuple[int | float, str, str]:
     number = re.match(r"\d+", path.stem)
-    return (int(number.group()) if number else float("inf")), path.name
+    return (int(number.group()) if number else float("inf")), path.stem, path.suffix
 
 
 def _read(path: Path) -> np.ndarray:
@@ -50,8 +53,12 @@ def _read(path: Path) -> np.ndarray:
     else:
         try:
             value = np.load(path, allow_pickle=False)
-            value = _only(path, value) if path.suffix == ".npz" else value
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            if path.suffix == ".npz":
+                with value as arrays:
+                    value = _only(path, dict(arrays))
+        except InputError:
+            raise
+        except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, np.ndarray):
         raise InputError(f"{path}: holds a {type(value).__name__} instead of one tensor")

@@ -114,6 +114,12 @@ def read_run(folder: Path, config_class: type) -> tuple[Path, Any]:
         raise InputError(f"{folder / CONFIG}: not the config of a train_cfg run ({error})") from error
 
 
+def last_run(parent: Path) -> Path | None:
+    """Return the run of train_cfg directly under a folder whose checkpoints changed last, or None."""
+    runs = [path.parent for path in parent.glob("*/checkpoints") if (path.parent / CONFIG).is_file()]
+    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime, default=None)
+
+
 def as_json(config: Any) -> dict[str, Any]:
     """Return a config dataclass as plain JSON values, nested groups flattened into one level as its flags are."""
     flat: dict[str, Any] = {}

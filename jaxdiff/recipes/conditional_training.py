@@ -25,7 +25,7 @@ from jaxdiff.recipes.evaluation import draw_samples
 from jaxdiff.recipes.judge import JUDGE, Judge, load_judge
 from jaxdiff.recipes.loop import TrainingLoop
 from jaxdiff.recipes.objective import make_diffusion_loss
-from jaxdiff.recipes.sampling import Sampler
+from jaxdiff.recipes.sampling import ImageSampler
 from jaxdiff.recipes.training import (
     LossFn,
     Stream,
@@ -85,7 +85,7 @@ def train(
     parts: TrainingParts,
     splits: Splits,
     training: TrainingSettings,
-    sampler: Sampler,
+    sampler: ImageSampler,
     sample_batch_size: int,
     seed: int,
     out: Path,

@@ -5,136 +5,26 @@ Every mode returns its single pictures, one labelled grid, its figures, and its 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import UInt8
 
-from jaxdiff.ddim_settings import DrawingSettings
 from jaxdiff.diffusion.interpolation import expected_norm, lerp, normal_lerp, slerp
 from jaxdiff.diffusion.inversion import invert
-from jaxdiff.diffusion.samplers import DDIM, image_keys, sample, starting_noise
-from jaxdiff.diffusion.timesteps import Walk, with_final
-from jaxdiff.errors import InputError
 from jaxdiff.io.grids import GridStyle, labelled_grid
-from jaxdiff.io.images import stretch_to_uint8, to_uint8
-from jaxdiff.io.noises import read_noises
-from jaxdiff.io.progress import progress_bar
+from jaxdiff.io.images import to_uint8
 from jaxdiff.io.report import Curve, Picture, Section
 from jaxdiff.io.runs import Figures
-from jaxdiff.mesh import replicated, round_up
-from jaxdiff.recipes.pixel_model import PixelModel
-from jaxdiff.recipes.sampling import in_batches, keep_to_pixels
-from jaxdiff.recipes.training import Stream, stream_key
-from jaxdiff.settings import Threshold
-
-Scaling = Literal["clamp", "minmax"]
-FloatImages = Float[np.ndarray, "N H W C"]
+from jaxdiff.mesh import replicated
+from jaxdiff.recipes.drawing import Drawing, FloatImages
 
 STYLE = GridStyle(cell=96, text=16)
 COLUMNS = 4
 """Noises that the eta, steps and invert grids show."""
 WAYS = {"lerp": lerp, "slerp": slerp, "normal": normal_lerp}
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How every picture of a command comes from its noise.
-
-    Attributes:
-      model: what is sampled.
-      timesteps: from `with_final`.
-      threshold: what happens to predicted pixels outside [-1, 1].
-      scaling: how pixels are written: clamped to [-1, 1], or each image stretched from its least to its greatest value.
-      seed: of the noise along the way.
-      batch_size: images at once, a multiple of the number of devices.
-    """
-
-    model: PixelModel
-    timesteps: Walk
-    threshold: Threshold
-    scaling: Scaling
-    seed: int
-    batch_size: int
-    mesh: Mesh
-
-    @cached_property
-    def _program(self):
-        def run(params: Any, x_T: jax.Array, keys: jax.Array, condition: Any, etas: jax.Array):
-            schedule = self.model.schedule
-            denoise = keep_to_pixels(self.model.make_denoiser(params, condition), schedule, self.threshold)
-            return sample(denoise, x_T, keys, schedule, self.timesteps, DDIM(etas))
-
-        return jax.jit(run, out_shardings=replicated(self.mesh))
-
-    def keys(self, numbers: Int[np.ndarray, "N"] | jax.Array) -> jax.Array:
-        """Return the key of each noise's number."""
-        return image_keys(stream_key(self.seed, Stream.SAMPLES), jnp.asarray(numbers))
-
-    def draw(
-        self, x_T: FloatImages, numbers: Sequence[int] | np.ndarray, etas: float | np.ndarray = 0.0
-    ) -> FloatImages:
-        """Run DDIM from noises; `numbers` decide the conditions and the noise along the way."""
-        order = np.asarray(numbers, np.int32)
-        etas = np.broadcast_to(np.asarray(etas, np.float32), order.shape)
-        return self.in_batches(
-            lambda x_T, numbers, condition, etas: self._program(
-                self.model.params, x_T, self.keys(numbers), condition, etas
-            ),
-            (x_T, order, self.model.condition_of(order), etas),
-            "drawing",
-        )
-
-    def in_batches(self, program, arrays: tuple, doing: str) -> FloatImages:
-        """Run a program over a tree of arrays, batch by batch, under a progress bar."""
-        parts = []
-        with progress_bar(len(arrays[0]), doing, "image", leave=False) as bar:
-            for part, count in in_batches(arrays, self.batch_size, self.mesh):
-                parts.append(np.asarray(program(*part))[:count])
-                bar.update(count)
-        return np.concatenate(parts)
-
-    def to_pixels(self, images: FloatImages) -> UInt8[np.ndarray, "N H W C"]:
-        """Return images as they are written."""
-        return stretch_to_uint8(images) if self.scaling == "minmax" else to_uint8(images)
-
-
-def make_drawing(model: PixelModel, settings: DrawingSettings, seed: int, batch_size: int, mesh: Mesh) -> Drawing:
-    """Return how pictures are drawn, from what the model, the preset and the flags say.
-
-    Raises:
-      InputError: the model's noise schedule does not have the timesteps asked for.
-    """
-    if settings.preset == "course":
-        model = replace(model, spacing="leading", steps_offset=1, final=0, threshold="none")
-    if settings.spacing is not None:
-        offset = model.steps_offset if settings.spacing == "leading" else 0
-        model = replace(model, spacing=settings.spacing, steps_offset=offset)
-    if settings.timesteps is None:
-        timesteps = model.walk(settings.num_steps or 50)
-    else:
-        total = model.schedule.num_train_timesteps
-        if settings.timesteps[0] >= total or settings.timesteps[-1] <= model.final:
-            raise InputError(f"--timesteps must lie in {model.final + 1}..{total - 1}, got {settings.timesteps}")
-        timesteps = with_final(np.array(settings.timesteps), model.final)
-    scaling = settings.scaling or ("minmax" if settings.preset == "course" else "clamp")
-    threshold = settings.threshold or model.threshold
-    return Drawing(model, timesteps, threshold, scaling, seed, round_up(batch_size, mesh), mesh)
-
-
-def read_or_draw_noises(
-    folder: Path | None, number: int, seed: int, image_shape: tuple[int, int, int]
-) -> tuple[list[str], FloatImages]:
-    """Return names and noises of a folder, or `number` of them as functions of (seed, number)."""
-    if folder is not None:
-        return read_noises(folder.expanduser(), image_shape)
-    keys = image_keys(stream_key(seed, Stream.SAMPLES), jnp.arange(number))
-    return [f"{i:02d}" for i in range(number)], np.asarray(starting_noise(keys, image_shape))
 
 
 @dataclass(frozen=True)
@@ -204,7 +94,8 @@ def show_interpolations(drawing: Drawing, names: Sequence[str], noises: FloatIma
     between = {way: np.asarray(mix(x, y, weights)) for way, mix in WAYS.items()}
     x_T = np.concatenate(list(between.values()))
     # One condition and one stream of noise for all: only the starting noise changes.
-    pixels = drawing.to_pixels(drawing.draw(x_T, [0] * len(x_T)))
+    images = drawing.draw(x_T, [0] * len(x_T))
+    pixels = drawing.to_pixels(images)
     norms = {way: np.linalg.norm(mixed.reshape(len(alphas), -1), axis=1) for way, mixed in between.items()}
     expected = expected_norm(x.size)
     middle = int(np.argmin(np.abs(np.asarray(alphas) - 0.5)))
@@ -223,6 +114,8 @@ def show_interpolations(drawing: Drawing, names: Sequence[str], noises: FloatIma
     }
     figures: Figures = {"interpolate.expected_norm": expected}
     figures |= {f"interpolate.norm_at_{alphas[middle]:g}.{way}": float(norms[way][middle]) for way in WAYS}
+    spread = dict(zip(WAYS, images.reshape(len(WAYS), len(alphas), -1)[:, middle].std(axis=1) * 127.5))
+    figures |= {f"interpolate.pixel_std_at_{alphas[middle]:g}.{way}": float(std) for way, std in spread.items()}
     lines: dict[str, Any] = {way: (list(alphas), norm.tolist()) for way, norm in norms.items()}
     lines["a normal noise, on average"] = [alphas[0], alphas[-1]], [expected, expected]
     chart = Curve(
@@ -234,9 +127,11 @@ def show_interpolations(drawing: Drawing, names: Sequence[str], noises: FloatIma
         raw_first=False,
     )
     note = (
-        f"At alpha {alphas[middle]:g} lerp's noise has {norms['lerp'][middle] / expected:.0%} of normal noise's norm. "
-        "The network has never seen so weak a noise at its first timestep and paints it flat and grey. Slerp (Shoemake "
-        "1985) keeps the norm, and the normal combination (arXiv 2408.08558) keeps the whole distribution."
+        f"At alpha {alphas[middle]:g} lerp's noise has {norms['lerp'][middle] / expected:.0%} of the norm that normal "
+        "noise has on average, which is what the network was trained to start from; slerp (Shoemake 1985) keeps the "
+        "norm, and the normal combination (arXiv 2408.08558) the whole distribution. The pictures' pixels there have a "
+        f"standard deviation of {', '.join(f'{std:.0f} ({way})' for way, std in spread.items())} grey levels: a weak "
+        "noise gives a flat picture."
     )
     blocks: list[Picture | Curve] = [
         Picture(grid, "Rows are ways from one noise to the other, columns alphas.", wide=True),
@@ -269,7 +164,7 @@ def show_inversions(drawing: Drawing, names: Sequence[str], noises: FloatImages,
         again = drawing.draw(found, numbers)
         figures[f"invert.round_trip_rmse.{count}"] = grey_rmse(again, images)
         figures[f"invert.noise_rmse.{count}"] = float(np.sqrt(np.mean((found - noises[numbers]) ** 2)))
-        spelled = f"{count} iteration{'s' if count > 1 else ''}"
+        spelled = f"{count} iteration{'s' * (count > 1)}"
         print(f"inversion, {spelled} a step: {grey_rmse(again, images):.2f} of 255 grey levels lost there and back")
         # Three standard deviations of noise fill the range of pixels.
         rows += [to_uint8(found / 3), drawing.to_pixels(again)]
@@ -283,11 +178,13 @@ def show_inversions(drawing: Drawing, names: Sequence[str], noises: FloatImages,
         column_axis="noise",
         style=STYLE,
     )
-    errors = ", ".join(f"{figures[f'invert.round_trip_rmse.{n}']:.2f} with {n}" for n in iterations)
+    errors = ", ".join(
+        f"{figures[f'invert.round_trip_rmse.{n}']:.2f} with {n} iteration{'s' * (n > 1)} a step" for n in iterations
+    )
     note = (
         "DDIM backwards, from the picture to its noise, and forwards again, without guidance and clipping (arXiv "
-        "2010.02502, section 4.3; iterated as in arXiv 2309.04907). Root mean square error there and back, in grey "
-        f"levels of 255: {errors} iterations a step."
+        "2010.02502, iterated as in arXiv 2309.04907). Root mean square error there and back, in grey "
+        f"levels of 255: {errors}."
     )
     caption = "Rows: the picture, the noise found for it, and what that noise draws."
     return Shown("invert", files, grid, Section("There and back", [Picture(grid, caption)], note), figures)

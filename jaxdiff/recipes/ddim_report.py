@@ -1,6 +1,7 @@
 """From what the modes show to the files of ddim_grid: single pictures, grids, results.json and report.html."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,14 @@ from jaxdiff.io.images import write_png
 from jaxdiff.io.report import Figure, Report, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.recipes.ddim_modes import (
-    Drawing,
-    FloatImages,
     Shown,
     show_etas,
     show_images,
     show_interpolations,
     show_inversions,
 )
-from jaxdiff.recipes.sampler_comparison import show_steps
+from jaxdiff.recipes.drawing import Drawing, FloatImages
+from jaxdiff.recipes.sampler_comparison import most_steps, show_steps
 
 HEADLINES = {
     "interpolate.norm_at_0.5.lerp": ("{:.1f}", "norm of lerp's noise half-way"),
@@ -29,14 +29,14 @@ HEADLINES = {
 """Figures at the head of the page, where they are known: format and meaning."""
 
 
-def show(mode: str, drawing: Drawing, names: Sequence[str], noises: FloatImages, settings: ModeSettings) -> list[Shown]:
-    """Return what one mode, or every mode for "all", has to show; between two noises only where there are two.
+def show(
+    mode: str, drawing: Drawing, names: Sequence[str], noises: FloatImages, settings: ModeSettings
+) -> Iterator[Shown]:
+    """Yield what one mode, or every mode for "all", has to show; ways between two noises only where there are two.
 
     Raises:
-      InputError: there are too few noises, or more steps than the noise schedule has.
+      InputError: before anything is drawn: there are too few noises, or fewer timesteps than steps.
     """
-    if mode == "interpolate" and len(names) < 2:
-        raise InputError("--mode interpolate needs two noises, there is one")
     makers = {
         "images": lambda: show_images(drawing, names, noises),
         "eta": lambda: show_etas(drawing, names, noises, settings.etas),
@@ -44,15 +44,27 @@ def show(mode: str, drawing: Drawing, names: Sequence[str], noises: FloatImages,
         "steps": lambda: show_steps(drawing, names, noises, settings.step_counts, settings.reference_steps),
         "invert": lambda: show_inversions(drawing, names, noises, settings.iterations),
     }
-    wanted = [name for name in makers if mode in (name, "all") and (name != "interpolate" or len(names) > 1)]
-    return [makers[name]() for name in wanted]
+    wanted = list(makers) if mode == "all" else [mode]
+    if "interpolate" in wanted and len(names) < 2:
+        if mode != "all":
+            raise InputError("--mode interpolate needs two noises, there is one")
+        print("one noise alone: no interpolation")
+        wanted.remove("interpolate")
+    if "steps" in wanted:
+        for count in settings.step_counts:
+            drawing.model.walk(count, "--step-counts")
+        drawing.model.walk(settings.reference_steps or most_steps(drawing.model), "--reference-steps")
+    return (makers[name]() for name in wanted)
 
 
 def write_all(
-    out: Path, drawing: Drawing, shown: Sequence[Shown], config: Mapping[str, Any], seconds: float
+    out: Path, drawing: Drawing, shown: Iterable[Shown], config: Mapping[str, Any], started: float
 ) -> list[Path]:
-    """Write everything; return the paths, a folder for the single pictures of a mode."""
-    paths = []
+    """Write each mode as it comes, then results.json and report.html; return the paths, a folder for single pictures.
+
+    `started` is `time.perf_counter()` when the command began.
+    """
+    paths, done = [], []
     for mode in shown:
         # The pictures of the noises themselves are what is asked for; the rest would bury them.
         folder = out if mode.mode == "images" else out / mode.mode
@@ -60,12 +72,13 @@ def write_all(
             write_png(folder / name, pixels)
         write_png(out / f"grid_{mode.mode}.png", mode.grid)
         paths += [folder, out / f"grid_{mode.mode}.png"]
-    figures: Figures = {name: value for mode in shown for name, value in mode.figures.items()}
-    figures["seconds"] = seconds
+        done.append(mode)
+    figures: Figures = {name: value for mode in done for name, value in mode.figures.items()}
+    figures["seconds"] = time.perf_counter() - started
     device = f"{drawing.mesh.size} x {drawing.mesh.devices.flat[0].device_kind}"
     hashes = {"params": drawing.model.sha256}
     results = write_results(out, figures, config, hashes, device)
-    return [*paths, results, write_page(out, drawing, shown, figures, read_json(results))]
+    return [*paths, results, write_page(out, drawing, done, figures, read_json(results))]
 
 
 def write_page(

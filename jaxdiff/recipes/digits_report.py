@@ -25,7 +25,7 @@ from jaxdiff.recipes.evaluation import (
     reverse_strips,
 )
 from jaxdiff.recipes.judge import Judge, confusion_matrix
-from jaxdiff.recipes.sampling import Sampler
+from jaxdiff.recipes.sampling import ImageSampler
 from jaxdiff.settings import SamplingSettings
 
 
@@ -110,7 +110,7 @@ class Evaluation:
     model: ConditionalModel
     params: Any
     judge: Judge
-    sampler: Sampler
+    sampler: ImageSampler
     sampling: SamplingSettings
     seed: int
     samples_per_class: int

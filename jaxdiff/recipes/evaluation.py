@@ -21,7 +21,7 @@ from jaxdiff.io.runs import Figures
 from jaxdiff.mesh import round_up
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.judge import Judge, bootstrap_interval, recognise
-from jaxdiff.recipes.sampling import Sampler, make_sampler, reverse_process, sample_pixels
+from jaxdiff.recipes.sampling import ImageSampler, make_sampler, reverse_process, sample_pixels
 from jaxdiff.recipes.training import Stream, stream_key
 from jaxdiff.settings import SamplingSettings
 
@@ -39,7 +39,7 @@ class Samples:
 
 
 def draw_samples(
-    sampler: Sampler,
+    sampler: ImageSampler,
     model: ConditionalModel,
     params: Any,
     per_class: int,

@@ -37,7 +37,10 @@ class PixelModel:
       make_denoiser: (params, condition) -> denoiser, guided but not thresholded.
       make_unguided: the same without guidance.
       condition_of: conditions of images by their numbers; a tree of arrays, empty without conditions.
-      spacing, steps_offset, final, threshold: how it is sampled unless told otherwise.
+      spacing: how it is sampled unless told otherwise, as are the next three.
+      steps_offset: added to every leading timestep.
+      final: where a walk ends, -1 for clean data or 0.
+      threshold: what happens to predicted pixels outside [-1, 1].
     """
 
     title: str
@@ -52,18 +55,18 @@ class PixelModel:
     final: int = CLEAN
     threshold: Threshold = "static"
 
-    def walk(self, num_steps: int) -> Walk:
-        """Return the timesteps of `num_steps` evenly spaced ones, and where they end.
+    def walk(self, num_steps: int, flag: str) -> Walk:
+        """Return `num_steps` evenly spaced timesteps, and where they end.
 
         Raises:
-          InputError: the noise schedule has not so many.
+          InputError: the noise schedule has none such; the message names the flag that asked for them.
         """
         try:
             timesteps = timestep_spacing(self.spacing, num_steps, self.schedule, self.steps_offset)
+            # A step from t = 0 to t = 0 changes nothing.
+            return with_final(timesteps[timesteps > self.final], self.final)
         except ValueError as error:
-            raise InputError(f"{num_steps} steps of {self.spacing} spacing: {error}") from error
-        # A step from t = 0 to t = 0 changes nothing.
-        return with_final(timesteps[timesteps > self.final], self.final)
+            raise InputError(f"{flag} {num_steps}: {error}") from error
 
     @property
     def sha256(self) -> str:

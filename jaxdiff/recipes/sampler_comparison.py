@@ -1,7 +1,8 @@
 """How many steps are enough: deterministic samplers at several step counts against DDIM with very many.
 
-All of them walk the same probability flow from the same noises, so they would agree if steps cost nothing. One compiled
-program takes one step of any of them: the network stands in it once.
+All of them walk the same probability flow from the same noises, so with more steps they come to agree. (With leading
+spacing, few steps also begin at a lower timestep.) One compiled program takes one step of any of them: the network
+stands in it once.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from jaxdiff.diffusion.samplers import Move, make_draw
@@ -17,7 +19,9 @@ from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.report import Curve, Picture, Section, Table
 from jaxdiff.io.runs import Figures
 from jaxdiff.mesh import put_batch, replicated, round_up
-from jaxdiff.recipes.ddim_modes import COLUMNS, STYLE, Drawing, FloatImages, Shown, grey_rmse
+from jaxdiff.recipes.ddim_modes import COLUMNS, STYLE, Shown, grey_rmse
+from jaxdiff.recipes.drawing import Drawing, FloatImages
+from jaxdiff.recipes.pixel_model import PixelModel
 from jaxdiff.recipes.sampling import REVERSE_PROCESSES, keep_to_pixels
 from jaxdiff.settings import SamplerName
 
@@ -30,18 +34,18 @@ def show_steps(
     names: Sequence[str],
     noises: FloatImages,
     counts: Sequence[int],
-    reference_steps: int,
+    reference_steps: int | None,
 ) -> Shown:
     """Draw a few noises by every sampler and step count; rows of the grid are samplers, columns step counts."""
     names, model = names[:COLUMNS], drawing.model
+    reference_steps = reference_steps or most_steps(model)
     samplers = [name for name in COMPARED if (name, model.spacing) != ("pndm", "karras")]
-    # With an offset, leading spacing has no timestep for the last of T steps.
-    reference_steps = min(reference_steps, model.schedule.num_train_timesteps - model.steps_offset)
-    legs = [(name, count) for name in samplers for count in counts] + [("ddim", reference_steps)]
-    plans = [REVERSE_PROCESSES[name].plan(model.walk(count)) for name, count in legs]
-    images = dict(zip(legs, _run(drawing, noises[: len(names)], [name for name, _ in legs], plans)))
+    legs = [(name, count) for name in samplers for count in counts]
+    plans = [REVERSE_PROCESSES[name].plan(model.walk(count, "--step-counts")) for name, count in legs]
+    reference_plan = REVERSE_PROCESSES["ddim"].plan(model.walk(reference_steps, "--reference-steps"))
+    ends = _run(drawing, noises[: len(names)], [*(name for name, _ in legs), "ddim"], [*plans, reference_plan])
+    images, reference = dict(zip(legs, ends)), ends[-1]
     looks = {leg: len(plan.t) for leg, plan in zip(legs, plans)}
-    reference = images.pop(legs[-1])
     errors = {leg: grey_rmse(image, reference) for leg, image in images.items()}
     figures: Figures = {f"steps.rmse.{name}.{count}": error for (name, count), error in errors.items()}
     shown = [[images[name, count][0] for count in counts] + [reference[0]] for name in samplers]
@@ -79,6 +83,11 @@ def show_steps(
     return Shown("steps", files, grid, Section("How many steps are enough", [picture, chart, table], note), figures)
 
 
+def most_steps(model: PixelModel) -> int:
+    """Return the steps of a walk through every timestep; an offset leaves out the first."""
+    return model.schedule.num_train_timesteps - model.steps_offset
+
+
 def _run(
     drawing: Drawing, noises: FloatImages, names: Sequence[SamplerName], plans: Sequence[Move]
 ) -> list[FloatImages]:
@@ -88,33 +97,40 @@ def _run(
     chosen = np.arange(round_up(len(noises), mesh)).clip(max=len(noises) - 1)
     x_T, numbers, condition = put_batch((noises[chosen], numbers[chosen], model.condition_of(numbers[chosen])), mesh)
     keys = drawing.keys(numbers)
+    start = x_T, tuple(sampler.start(x_T) for sampler in samplers)
+    shardings = jax.tree.map(lambda leaf: _split_images(leaf, mesh), start)
+    start = jax.device_put(start, shardings)
 
-    def advance(params: Any, which: Int[jax.Array, ""], x_t: jax.Array, memories: tuple, move: Move):
+    def advance(params: Any, which: Int[jax.Array, ""], state: tuple[jax.Array, tuple], move: Move):
         denoise = keep_to_pixels(model.make_denoiser(params, condition), schedule, drawing.threshold)
         # Without churn every sampler looks at x_t where `seen_at` says, so that the network need not be in each branch.
-        prediction = denoise(x_t, move.seen_at)
+        prediction = denoise(state[0], move.seen_at)
 
         def branch(index: int):
             def take_step(x_t: jax.Array, memories: tuple):
-                draw = make_draw(keys, x_t, move.number)
-                x_s, memory, _ = samplers[index].step(
-                    schedule, lambda x, t: prediction, x_t, memories[index], move, draw
-                )
+                draw, memory = make_draw(keys, x_t, move.number), memories[index]
+                x_s, memory, _ = samplers[index].step(schedule, lambda *_: prediction, x_t, memory, move, draw)
                 return x_s, (*memories[:index], memory, *memories[index + 1 :])
 
             return take_step
 
-        return jax.lax.switch(which, [branch(index) for index in range(len(samplers))], x_t, memories)
+        return jax.lax.switch(which, [branch(index) for index in range(len(samplers))], *state)
 
-    program = jax.jit(advance, out_shardings=replicated(mesh))
+    program = jax.jit(advance, out_shardings=shardings)
     ends = []
     with progress_bar(sum(len(plan.t) for plan in plans), "comparing", "step", leave=False) as bar:
         for name, plan in zip(names, plans):
-            x_t, memories = x_T, tuple(sampler.start(x_T) for sampler in samplers)
-            rows = jax.tree.map(np.asarray, plan)
+            state, rows = start, jax.tree.map(np.asarray, plan)
             for row in range(len(rows.t)):
                 move = jax.tree.map(lambda column, row=row: column[row], rows)
-                x_t, memories = program(model.params, COMPARED.index(name), x_t, memories, move)
+                state = jax.block_until_ready(program(model.params, COMPARED.index(name), state, move))
                 bar.update()
-            ends.append(np.asarray(x_t)[: len(noises)])
+            ends.append(np.asarray(state[0])[: len(noises)])
     return ends
+
+
+def _split_images(leaf: jax.Array, mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a state or of a sampler's memory: by image, which is the fourth axis from the end."""
+    if leaf.ndim < 4:
+        return replicated(mesh)
+    return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 4), "data"))

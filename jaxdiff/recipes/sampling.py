@@ -5,6 +5,7 @@ fold_in(key of the seed, i), never from its place in a batch.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,12 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from jaxdiff.diffusion.edm import Euler, Heun
+from jaxdiff.diffusion.edm import Churn, Euler, Heun
 from jaxdiff.diffusion.guidance import ConditionalDenoiser, Denoiser, chain_weights, guide, within_interval
 from jaxdiff.diffusion.multistep import PNDM, DPMSolverMultistep, UniPC
 from jaxdiff.diffusion.prediction import Prediction, clip_x_0, threshold_x_0, to_prediction
-from jaxdiff.diffusion.samplers import DDIM, DDPM, image_keys, sample, starting_noise
-from jaxdiff.diffusion.samplers import Sampler as ReverseProcess
+from jaxdiff.diffusion.samplers import DDIM, DDPM, Sampler, image_keys, sample, starting_noise
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.diffusion.timesteps import Walk, timestep_spacing, with_final
 from jaxdiff.io.images import to_uint8
@@ -27,10 +27,10 @@ from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.training import Stream, stream_key
 from jaxdiff.settings import SamplerName, SamplingSettings, Threshold
 
-Sampler = Callable[[Any, Any, Condition], Any]
+ImageSampler = Callable[[Any, Any, Condition], Any]
 """(params, image keys, condition) -> images, or (images, trajectory)."""
 
-REVERSE_PROCESSES: dict[SamplerName, ReverseProcess] = {
+REVERSE_PROCESSES: dict[SamplerName, Sampler] = {
     "ddim": DDIM(),
     "ddpm": DDPM(),
     "euler": Euler(),
@@ -85,13 +85,19 @@ def guide_conditions(
     return within_interval(guided, unguided, model.schedule, *settings.guidance_interval)
 
 
-def reverse_process(settings: SamplingSettings, schedule: NoiseSchedule) -> tuple[ReverseProcess, Walk]:
+def reverse_process(settings: SamplingSettings, schedule: NoiseSchedule) -> tuple[Sampler, Walk]:
     """Return how to sample, and the timesteps to visit, the end included."""
-    process = REVERSE_PROCESSES[settings.sampler] if settings.eta is None else DDIM(settings.eta)
+    process = REVERSE_PROCESSES[settings.sampler]
+    if settings.eta is not None:
+        process = DDIM(settings.eta)
+    if settings.churn is not None:
+        process = replace(process, churn=Churn(settings.churn))  # type: ignore[type-var]
     return process, with_final(timestep_spacing(settings.spacing, settings.num_steps, schedule))
 
 
-def make_sampler(model: ConditionalModel, settings: SamplingSettings, mesh: Mesh, trajectory: bool = False) -> Sampler:
+def make_sampler(
+    model: ConditionalModel, settings: SamplingSettings, mesh: Mesh, trajectory: bool = False
+) -> ImageSampler:
     """Return the jitted sampler; with `trajectory` it also returns every x_t and predicted x_0."""
     process, timesteps = reverse_process(settings, model.schedule)
 
@@ -105,7 +111,7 @@ def make_sampler(model: ConditionalModel, settings: SamplingSettings, mesh: Mesh
 
 
 def sample_pixels(
-    sampler: Sampler,
+    sampler: ImageSampler,
     params: Any,
     seed: int,
     indices: Int[np.ndarray, "N"],
