@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,14 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image
 
 from jaxdiff import ddim_grid
+from jaxdiff.ddim_settings import DrawingSettings
+from jaxdiff.diffusion.samplers import sample
+from jaxdiff.mesh import make_mesh
 from jaxdiff.models.unet import PRETRAINED
+from jaxdiff.recipes.drawing import make_drawing, read_or_draw_noises
+from jaxdiff.recipes.pixel_model import pretrained_model
+from jaxdiff.recipes.sampler_comparison import COMPARED, draw_legs
+from jaxdiff.recipes.sampling import REVERSE_PROCESSES
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 
@@ -160,6 +168,37 @@ def test_a_run_of_digits(finished_run, tmp_path):
     assert (tmp_path / "out" / "00.png").read_bytes() != (tmp_path / "other" / "00.png").read_bytes()
 
 
+def test_the_steps_mode_takes_the_steps_of_sample(course):
+    # One program for all samplers, against the scan of each of them.
+    model = pretrained_model(course[1], "float32")
+    drawing = make_drawing(model, DrawingSettings(), 0, 4, make_mesh(1))
+    _, noises = read_or_draw_noises(None, 2, 0, model.image_shape)
+    walk = model.walk(4, "")
+    found = draw_legs(drawing, noises, COMPARED, [REVERSE_PROCESSES[name].plan(walk) for name in COMPARED])
+    denoise = model.make_denoiser(model.params, ())
+    keys = drawing.keys(np.arange(2))
+    for name, images in zip(COMPARED, found):
+        run = jax.jit(lambda x_T, name=name: sample(denoise, x_T, keys, model.schedule, walk, REVERSE_PROCESSES[name]))
+        expected = np.asarray(run(noises))
+        np.testing.assert_allclose(images, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_reference_of_as_many_steps_as_compared(course, tmp_path):
+    flags = ["--mode=steps", "--step-counts", "2", "4", "--reference-steps=4", "--num-noises=1"]
+    assert draw(course[1], tmp_path, *flags).code == 0
+    assert results(tmp_path)["steps.rmse.ddim.4"] == 0
+    assert results(tmp_path)["steps.rmse.ddim.2"] > 0
+
+
+def test_the_last_run_is_found(finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(run_here(ddim_grid.main), "no run of train_cfg in runs/")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(finished_run[0])
+    answer = run_here(ddim_grid.main, "--mode=images", "--num-steps=1", "--num-noises=1", "--out=out")
+    assert answer.code == 0, answer.err
+
+
 def test_eight_devices_draw_the_same(finished_run, tmp_path):
     for devices in (1, 8):
         flags = [*QUICK, f"--devices={devices}", "--num-noises=3", "--batch-size=4", "--mode=steps"]
@@ -184,7 +223,13 @@ def refused(answer, sentence):
         (["--etas", "0", "2"], "--etas must lie in [0, 1]"),
         (["--alphas", "0", "1.5"], "add --extrapolate"),
         (["--step-counts", "0"], "--step-counts must be at least 1"),
-        (["--step-counts", "5", "5"], "names a value twice"),
+        (["--step-counts", "5", "5"], "--step-counts must rise, and differ"),
+        (["--alphas", "0.5", "0.5000001"], "--alphas must rise, and differ"),
+        (["--mode=eta", "--iterations", "3"], "--iterations: no effect with --mode eta"),
+        (["--mode=steps", "--num-steps=3"], "--num-steps: no effect with --mode steps"),
+        (["--mode=invert", "--threshold=none"], "--threshold: no effect with --mode invert"),
+        (["--extrapolate"], "--extrapolate has no effect"),
+        (["--mode=images", "--noise=x", "--seed=1"], "--seed: no effect with --noise"),
         (["--timesteps", "10", "10"], "--timesteps must fall strictly"),
         (["--timesteps", "10", "--num-steps=3"], "--timesteps leaves nothing to --num-steps"),
         (["--noise=x", "--num-noises=2"], "--num-noises has no effect with --noise"),
@@ -208,8 +253,9 @@ def test_things_that_do_not_fit_the_model(course, noises, finished_run, tmp_path
     refused(draw(weights, out, "--guidance-scale=2"), "has no conditions")
     refused(draw(run, out, "--domain=faces"), "--domain faces: the run in")
     refused(draw(weights, out, "--timesteps", "1000", "5"), "--timesteps must lie in 1..999, got (1000, 5)")
-    refused(draw(weights, out, "--num-steps=1001"), "num_steps must lie in 1..1000")
-    refused(draw(weights, out, "--mode=steps", "--step-counts", "2000"), "num_steps must lie in 1..1000")
+    refused(draw(weights, out, "--num-steps=1001"), "--num-steps 1001: num_steps must lie in 1..1000")
+    refused(draw(weights, out, "--step-counts", "2000"), "--step-counts 2000: num_steps must lie in 1..1000")
+    refused(draw(weights, out, "--num-steps=1"), "--num-steps 1: timesteps 1")
     refused(draw(weights, out, "--mode=interpolate", "--num-noises=1"), "needs two noises")
     refused(draw(weights, out, f"--noise={tmp_path / 'none'}"), "no such folder")
     other = shutil.copytree(noises, tmp_path / "noises")

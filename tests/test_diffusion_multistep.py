@@ -23,7 +23,7 @@ from diffusers import (
 
 from jaxdiff.diffusion.edm import Euler, Heun
 from jaxdiff.diffusion.multistep import PNDM, DPMSolverMultistep, UniPC
-from jaxdiff.diffusion.prediction import threshold_x_0, to_prediction
+from jaxdiff.diffusion.prediction import HIGHEST_LEVEL, threshold_x_0, to_prediction, with_eps
 from jaxdiff.diffusion.samplers import DDIM, DDPM, image_keys, sample, starting_noise
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.diffusion.timesteps import timestep_spacing, with_final
@@ -164,3 +164,28 @@ def test_dynamic_threshold_as_in_diffusers(quantile):
     found = threshold_x_0(to_prediction(x_t, x_t, *scales, "x_0"), x_t, *scales, quantile)
     np.testing.assert_allclose(found.x_0, scheduler._threshold_sample(torch.from_numpy(np.array(x_t))), atol=1e-6)
     np.testing.assert_allclose(0.6 * found.x_0 + 0.8 * found.eps, x_t, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "sampler"), [(PNDMScheduler, PNDM()), (HeunDiscreteScheduler, Heun())])
+def test_on_ddpms_linear_schedule_too(name, sampler, monkeypatch):
+    options = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "trailing"}
+    if name is PNDMScheduler:
+        options |= {"skip_prk_steps": True, "set_alpha_to_one": True}
+    monkeypatch.setattr("test_diffusion_multistep.SCHEDULE", make_schedule("linear"))
+    expected = theirs(name(**options), 10, scaled=name is HeunDiscreteScheduler)
+    # Dividing by alpha_999 = 0.006 magnifies the rounding of both.
+    np.testing.assert_allclose(ours(sampler, spaced("trailing", 10)), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_another_eps_counts_up_to_the_highest_level():
+    x_t = jnp.ones((1, 1, 1, 1))
+    for level in (150.0, 170.0):
+        alpha = jnp.float32(1 / np.sqrt(1 + level**2))
+        sigma = jnp.float32(level) * alpha
+        before = to_prediction(0.5 * x_t, x_t, alpha, sigma, "eps")
+        after = with_eps(before, 0.9 * x_t, alpha, sigma)
+        if level < HIGHEST_LEVEL:
+            np.testing.assert_allclose(alpha * after.x_0 + sigma * after.eps, x_t, atol=1e-5)
+            np.testing.assert_allclose(after.eps, 0.9)
+        else:
+            np.testing.assert_array_equal(after.x_0, before.x_0)

@@ -169,6 +169,11 @@ def test_strided_posterior_std_as_in_diffusers():
         variance = theirs._get_variance(torch.tensor(t)).item()
         ours = posterior_std(schedule, jnp.int32(t), jnp.int32(t - 10))
         np.testing.assert_allclose(float(ours) ** 2, variance, rtol=5e-3)
+        # diffusers computes in float32; the closed form in float64.
+        a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+        exact = (1 - a[t - 10]) / (1 - a[t]) * (1 - a[t] / a[t - 10]) if t > 10 else None
+        if exact is not None:
+            np.testing.assert_allclose(float(ours) ** 2, exact, rtol=1e-5)
     assert float(posterior_std(schedule, jnp.int32(0), jnp.int32(-1))) == 0.0
 
 
@@ -200,7 +205,8 @@ def test_trajectory_holds_every_state_and_changes_nothing():
     np.testing.assert_allclose(trajectory.x_0[-1], x_0, atol=SAMPLER_ATOL)
 
 
-def test_compiled_program_does_not_grow_with_steps():
+@pytest.mark.parametrize("sampler", [DDIM(0.5), Heun(Churn(1.0)), UniPC(), PNDM()], ids=lambda value: f"{value}"[:9])
+def test_compiled_program_does_not_grow_with_steps(sampler):
     schedule = make_schedule("linear")
     keys = keys_of(1)
 
@@ -208,7 +214,7 @@ def test_compiled_program_does_not_grow_with_steps():
         timesteps = with_final(timestep_spacing("leading", num_steps, schedule))
 
         def run(x_T):
-            return sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, DDIM())
+            return sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, sampler)
 
         return jax.jit(run).lower(starting_noise(keys, SHAPE)).as_text().count("\n")
 
@@ -229,6 +235,7 @@ EVERY = [*DETERMINISTIC, DDIM(0.5), DDPM(), DPMSolverMultistep(stochastic=True),
         ([999.0, 500.5, 3.25], False),
         ([5, 4, 3, 2, 1, 0], False),
         ([999, 900, 500, 0], True),
+        ([999.0, 998.0, 997.5, 500.0], True),
     ],
     ids=str,
 )
@@ -266,3 +273,55 @@ def test_order_of_convergence(sampler, order):
         errors.append(np.sqrt(np.mean((x_0 - exact_flow(schedule, x_T, 999, 0)) ** 2)))
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(slope - order) < 0.3, (slope, errors)
+
+
+def test_pndm_has_order_two_on_equal_steps():
+    schedule = make_schedule("linear")
+    keys = keys_of(8)
+    x_T = starting_noise(keys, SHAPE)
+    steps, errors = np.array([40, 80, 160]), []
+    for num_steps in steps:
+        timesteps = with_final(np.linspace(900, 100, num_steps + 1)[:-1], final=0)
+        timesteps[-1] = 100
+        x_s = sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, PNDM())
+        errors.append(np.sqrt(np.mean((x_s - exact_flow(schedule, x_T, 900, 100)) ** 2)))
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert abs(slope - 2) < 0.3, (slope, errors)
+
+
+def test_every_image_may_have_its_own_eta():
+    schedule = make_schedule("linear")
+    keys = keys_of(3)
+    x_T = starting_noise(keys, SHAPE)
+    timesteps = with_final(timestep_spacing("leading", 10, schedule))
+    run = partial(sample, gaussian_denoiser(schedule), x_T, keys, schedule, timesteps)
+    etas = (0.0, 0.5, 1.0)
+    together = run(DDIM(jnp.array(etas)))
+    for i, eta in enumerate(etas):
+        np.testing.assert_allclose(together[i], run(DDIM(eta))[i], atol=SAMPLER_ATOL)
+
+
+def test_the_gradient_in_eta_is_finite():
+    schedule = make_schedule("linear")
+    keys = keys_of(1)
+    timesteps = with_final(timestep_spacing("leading", 5, schedule))
+
+    def mean(eta):
+        x_T = starting_noise(keys, SHAPE)
+        return sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, DDIM(eta)).mean()
+
+    assert np.isfinite(jax.grad(mean)(jnp.float32(0.5)))
+
+
+def test_wrong_values_are_named(unchecked):
+    schedule = make_schedule("linear", 10)
+    keys = keys_of(2)
+    run = partial(sample, gaussian_denoiser(schedule), starting_noise(keys, SHAPE))
+    with pytest.raises(ValueError, match=r"timesteps must lie in 0\.\.9, got 10"):
+        run(keys, schedule, with_final(np.array([10, 5])), DDIM())
+    with pytest.raises(ValueError, match="1 keys, 2 images"):
+        run(keys[:1], schedule, with_final(np.array([9, 5])), DDIM())
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], got 2"):
+        DDIM(2.0)
+    with pytest.raises(ValueError, match="churn needs"):
+        Churn(amount=-1)

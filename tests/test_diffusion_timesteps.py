@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
+from jaxdiff import settings
+from jaxdiff.diffusion import timesteps
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.diffusion.timesteps import timestep_spacing, with_final
 
@@ -52,10 +54,16 @@ def test_wrong_values_are_named(unchecked):
         timestep_spacing("trailing", 5, schedule, offset=1)
     with pytest.raises(ValueError, match="needs a finite noise level at the last timestep"):
         timestep_spacing("karras", 5, make_schedule("linear", 10, zero_terminal_snr=True))
-    for wrong in ([5, 5, 1], [5, 1, 3], [], [5.0, np.nan]):
+    with pytest.raises(ValueError, match="600 leading timesteps end at 599, far below 999"):
+        timestep_spacing("leading", 600, SCHEDULE)
+    for wrong in ([5, 5, 1], [5, 1, 3], [], [5.0, np.nan], [np.inf, 5.0], [5.0, -0.5]):
         with pytest.raises(ValueError, match="fall strictly"):
             with_final(np.array(wrong))
     with pytest.raises(ValueError, match="fall strictly down to 0"):
         with_final(np.array([3, 0]), final=0)
     with pytest.raises(ValueError, match="fall strictly down to -2"):
         with_final(np.array([3, 0]), final=-2)
+
+
+def test_the_flag_names_the_same_spacings():
+    assert settings.Spacing == timesteps.Spacing

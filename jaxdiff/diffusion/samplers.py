@@ -178,7 +178,7 @@ class DDIM(Sampler):
       ValueError: eta is a number outside [0, 1].
     """
 
-    eta: float | Float[Array, "B"] = 0.0
+    eta: float | Float[Array, ""] | Float[Array, "B"] = 0.0
 
     def __post_init__(self):
         if isinstance(self.eta, int | float) and not 0 <= self.eta <= 1:

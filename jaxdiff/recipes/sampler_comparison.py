@@ -43,7 +43,7 @@ def show_steps(
     legs = [(name, count) for name in samplers for count in counts]
     plans = [REVERSE_PROCESSES[name].plan(model.walk(count, "--step-counts")) for name, count in legs]
     reference_plan = REVERSE_PROCESSES["ddim"].plan(model.walk(reference_steps, "--reference-steps"))
-    ends = _run(drawing, noises[: len(names)], [*(name for name, _ in legs), "ddim"], [*plans, reference_plan])
+    ends = draw_legs(drawing, noises[: len(names)], [*(name for name, _ in legs), "ddim"], [*plans, reference_plan])
     images, reference = dict(zip(legs, ends)), ends[-1]
     looks = {leg: len(plan.t) for leg, plan in zip(legs, plans)}
     errors = {leg: grey_rmse(image, reference) for leg, image in images.items()}
@@ -88,7 +88,7 @@ def most_steps(model: PixelModel) -> int:
     return model.schedule.num_train_timesteps - model.steps_offset
 
 
-def _run(
+def draw_legs(
     drawing: Drawing, noises: FloatImages, names: Sequence[SamplerName], plans: Sequence[Move]
 ) -> list[FloatImages]:
     """Return what each leg ends at, all from the same noises."""
