@@ -1,0 +1,303 @@
+"""Parameters in safetensors files: read one tensor at a time, checked before and after, written whole or not at all.
+
+A file is 8 bytes of length (little-endian), that many bytes of JSON which describe the tensors, then their bytes. The
+length and the JSON are checked here, because a hostile file could otherwise ask for any amount of memory or hold two
+tensors of one name; the places of the tensors are checked by the safetensors package.
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, by which safetensors asks for it)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxdiff.errors import InputError
+
+MAX_HEADER_BYTES = 2**25
+"""Most JSON that is parsed: the largest published models need a few megabytes."""
+MAX_NAMED = 8
+"""Most tensor names that one message lists."""
+
+Spec = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor, the latter as NumPy names it."""
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """The tensors of one safetensors file by name; each access reads one from disk.
+
+    Attributes:
+      specs: shape and dtype of every tensor, known without reading it.
+      metadata: the file's free text entries.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.specs, self.metadata = _read_header(path)
+        with _blaming(path):
+            self._file = safe_open(path, framework="numpy")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.specs:
+            raise KeyError(name)
+        with _blaming(self.path):
+            return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+class ShardedTensors(Mapping[str, np.ndarray]):
+    """The tensors of a model that was split over several safetensors files, by name, as `TensorFile` gives them."""
+
+    def __init__(self, index: Path):
+        self.path = index
+        weight_map = _read_index(index)
+        shards = {file: TensorFile(index.parent / file) for file in sorted(set(weight_map.values()))}
+        self._shards = {name: shards[file] for name, file in weight_map.items()}
+        listed, found = {*self._shards}, [name for shard in shards.values() for name in shard]
+        misplaced = {name for name, shard in self._shards.items() if name not in shard}
+        twice = {name for name in found if found.count(name) > 1} if len(set(found)) < len(found) else set()
+        if faults := list_faults(not_where_it_says=misplaced, not_listed=set(found) - listed, in_two_files=twice):
+            raise InputError(f"{index}: does not fit its files ({faults}); download the folder again")
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Shape and dtype of every tensor, known without reading it."""
+        return {name: shard.specs[name] for name, shard in self._shards.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._shards[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+
+def read_safetensors(path: Path) -> TensorFile | ShardedTensors:
+    """Open a safetensors file, or the `*.safetensors.index.json` of a model that was split over several.
+
+    Raises:
+      InputError: missing, truncated, too long a header, a name twice, a dtype that NumPy lacks; or a shard is missing.
+    """
+    return ShardedTensors(path) if path.name.endswith(".index.json") else TensorFile(path)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors (NumPy or JAX arrays) to one file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        # In C order, because the package writes the bytes as they lie.
+        arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+        save_file(arrays, partial, dict(metadata or {}))
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def flatten_params(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves of nested dicts under names joined with dots.
+
+    Raises:
+      InputError: a key is empty or holds a dot, so the name would not lead back.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if not key or "." in key:
+            raise InputError(f"parameter name {key!r} must be a word without dots")
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": leaf for name, leaf in flatten_params(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def unflatten_params(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested dicts that `flatten_params` flattened.
+
+    Raises:
+      InputError: a name has an empty part, or is both a leaf and a folder of others.
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *folders, last = name.split(".")
+        if not all((*folders, last)):
+            raise InputError(f"tensor name {name!r} has an empty part between its dots")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+            if not isinstance(node, dict):
+                raise InputError(f"tensor name {name!r} goes through {folder!r}, which is a tensor itself")
+        if last in node:
+            raise InputError(f"tensor name {name!r} is both a tensor and the beginning of other names")
+        node[last] = leaf
+    return tree
+
+
+def load_params(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a tree of parameters, NumPy arrays, that must be exactly the one expected.
+
+    Args:
+      path: as `read_safetensors` takes it.
+      expected: nested dicts of leaves with `shape` and `dtype`, such as `jax.eval_shape(module.init, ...)["params"]`.
+
+    Raises:
+      InputError: tensors are missing, not expected, of another shape or dtype, or not finite; the message names them.
+    """
+    tensors = read_safetensors(path)
+    wanted = {name: spec_of(leaf) for name, leaf in flatten_params(expected).items()}
+    check_specs(str(path), tensors.specs, wanted)
+    params = {}
+    for name in wanted:
+        params[name] = tensors[name]
+        check_finite(str(path), name, params[name])
+    return unflatten_params(params)
+
+
+def spec_of(leaf: Any) -> Spec:
+    """Return shape and dtype of anything that has both."""
+    return tuple(leaf.shape), np.dtype(leaf.dtype).name
+
+
+def check_specs(origin: str, found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> None:
+    """Check that names, shapes and dtypes agree in both directions.
+
+    Raises:
+      InputError: they do not; the message begins with `origin` and lists what is left over on either side.
+    """
+    wrong = [
+        f"{name} is {_show(found[name])} instead of {_show(spec)}"
+        for name, spec in wanted.items()
+        if name in found and found[name] != spec
+    ]
+    missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    if faults := list_faults(missing=missing, not_expected=unexpected, wrong=wrong):
+        raise InputError(f"{origin}: not the parameters of this model ({faults}); is it another model's?")
+
+
+def check_finite(origin: str, name: str, tensor: np.ndarray) -> None:
+    """Raise InputError, naming the tensor, unless all its numbers are finite."""
+    # A sum is not finite where an element is not, and costs no array of booleans; where it overflows, look again.
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = bool(np.isfinite(np.sum(tensor))) or bool(np.isfinite(tensor).all())
+    if not finite:
+        raise InputError(f"{origin}: {name} holds NaN or infinity; the file is damaged, or its training diverged")
+
+
+def list_faults(**faults: Collection[str]) -> str:
+    """Return "not expected: a, b and 3 more; missing: c": at most MAX_NAMED names of each kind that has any."""
+    return "; ".join(
+        f"{kind.replace('_', ' ')}: {', '.join(sorted(names)[:MAX_NAMED])}"
+        + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
+        for kind, names in faults.items()
+        if names
+    )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON in which no object has a name twice.
+
+    Raises:
+      ValueError: it is no such JSON.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+            raise ValueError(f"the name {twice[0]!r} stands there twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _show(spec: Spec) -> str:
+    return f"{spec[1]}[{', '.join(map(str, spec[0]))}]"
+
+
+def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
+    """Return the specs and the metadata of one file, having checked that all its bytes are there."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or 8 + length > size:
+                raise InputError(f"{path}: truncated, or not a safetensors file ({size:,} bytes); download it again")
+            if length > MAX_HEADER_BYTES:
+                raise InputError(f"{path}: a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
+            text = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    try:
+        header = parse_json(text)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are no text")
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        specs = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}: its header cannot be read ({error}); download it again") from error
+    if 8 + length + end > size:
+        raise InputError(f"{path}: truncated: {size:,} bytes of {8 + length + end:,}; download it again")
+    for name, (_, dtype) in specs.items():
+        if dtype not in _DTYPES:
+            raise InputError(f"{path}: {name} is of dtype {dtype}, which is not supported: save it as F32, F16 or BF16")
+    return {name: (shape, _DTYPES[dtype]) for name, (shape, dtype) in specs.items()}, metadata
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return which file holds which tensor, having checked that all the files are there, beside the index."""
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise InputError(f"{path}: larger than the {MAX_HEADER_BYTES:,} bytes allowed")
+        weight_map = parse_json(path.read_bytes())["weight_map"]
+        files = set(weight_map.values())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not the index of a sharded model ({error}); download it again") from error
+    for file in files:
+        if not isinstance(file, str) or not file.endswith(".safetensors") or {"/", "\\", "\0"} & set(file):
+            raise InputError(f"{path}: names {file!r}, but may only name safetensors files beside itself")
+    if faults := list_faults(missing_beside_it={file for file in files if not (path.parent / file).is_file()}):
+        raise InputError(f"{path}: {faults}; download the folder again")
+    return weight_map
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn what the safetensors package finds wrong into a sentence about the file."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a sound safetensors file ({error}); download it again") from error
