@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdiff.models.clip_config import CLIP_EOS, LEGACY_EOS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from jaxdiff.models.transformer import Encoder, Mask, Tokens, layer_norm
+from jaxdiff.models.transformer import Encoder, Tokens, layer_norm
 from jaxdiff.shapes import Images
 
 TokenIds = Int[Array, "B L"]
@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
 
     last_hidden_state: Tokens
     pooler_output: Float[Array, "B D"]
-    hidden_states: tuple[Tokens, ...]
+    hidden_states: tuple[Tokens, ...] | None
 
 
 class TextEmbeddings(nn.Module):

@@ -19,25 +19,7 @@ CLIP_EOS = 49407
 
 
 @dataclass(frozen=True)
-class _Tower:
-    """Checks that text and vision transformers share."""
-
-    def __post_init__(self):
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            whole = entry.type in (int, "int") and entry.name != "eos_token_id"
-            if whole and not (type(value) is int and value > 0):
-                raise InputError(f"{entry.name} must be a positive whole number, got {value!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"hidden_size {self.hidden_size} does not split into num_attention_heads {self.num_attention_heads}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(f"hidden_act {self.hidden_act!r} is not known: it must be {' or '.join(ACTIVATIONS)}")
-
-
-@dataclass(frozen=True)
-class CLIPTextConfig(_Tower):
+class CLIPTextConfig:
     """The text transformer.
 
     Attributes:
@@ -62,13 +44,13 @@ class CLIPTextConfig(_Tower):
     eos_token_id: int = CLIP_EOS
 
     def __post_init__(self):
-        super().__post_init__()
+        check_tower(self)
         if type(self.eos_token_id) is not int:
             raise InputError(f"eos_token_id must be one whole number, got {self.eos_token_id!r}")
 
 
 @dataclass(frozen=True)
-class CLIPVisionConfig(_Tower):
+class CLIPVisionConfig:
     """The vision transformer.
 
     Attributes:
@@ -91,7 +73,7 @@ class CLIPVisionConfig(_Tower):
     attention_dropout: float = 0.0
 
     def __post_init__(self):
-        super().__post_init__()
+        check_tower(self)
         if self.patch_size > self.image_size:
             raise InputError(f"patch_size {self.patch_size} is more than image_size {self.image_size}")
 
@@ -118,6 +100,20 @@ class CLIPConfig:
         """Return what transformers' `CLIPConfig.from_pretrained` reads."""
         towers = {"text_config": to_dict(self.text_config), "vision_config": to_dict(self.vision_config)}
         return {"model_type": "clip", "architectures": ["CLIPModel"], **asdict(self), **towers}
+
+
+def check_tower(config: CLIPTextConfig | CLIPVisionConfig) -> None:
+    """Raise InputError for numbers that no network has, and for an activation that is not known."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.type is int and entry.name != "eos_token_id" and not (type(value) is int and value > 0):
+            raise InputError(f"{entry.name} must be a positive whole number, got {value!r}")
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"hidden_size {config.hidden_size} does not split into num_attention_heads {config.num_attention_heads}"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        raise InputError(f"hidden_act {config.hidden_act!r} is not known: it must be {' or '.join(ACTIVATIONS)}")
 
 
 TowerConfig = TypeVar("TowerConfig", CLIPTextConfig, CLIPVisionConfig)
@@ -150,7 +146,9 @@ def tower_config(values: Mapping[str, Any], kind: type[TowerConfig]) -> TowerCon
     if values.get("model_type", "clip") == "clip":
         name = "text_config" if kind is CLIPTextConfig else "vision_config"
         # Where an old file has both, its `..._dict` counts.
-        values = values.get(f"{name}_dict") or values.get(name) or {}
+        own = values.get(f"{name}_dict") or values.get(name) or {}
+        # Its own projection_dim is often a left-over.
+        values = {**own, "projection_dim": values.get("projection_dim")}
     for key in ("pruned_heads", "add_cross_attention", "is_decoder"):
         if values.get(key):
             raise InputError(f"config.json: {key} {values[key]!r} asks for another network than CLIP's")
