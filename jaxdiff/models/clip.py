@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -18,7 +19,7 @@ from jaxdiff.models.clip_config import CLIP_EOS, LEGACY_EOS, CLIPConfig, CLIPTex
 from jaxdiff.models.transformer import Encoder, Tokens, layer_norm
 from jaxdiff.shapes import Images
 
-TokenIds = Int[Array, "B L"]
+TokenIds = Int[Array | np.ndarray, "B L"]
 
 
 class Encoded(NamedTuple):
@@ -63,7 +64,7 @@ class TextTransformer(nn.Module):
     def __call__(
         self,
         input_ids: TokenIds,
-        attention_mask: Int[Array, "B L"] | None = None,
+        attention_mask: TokenIds | None = None,
         position_ids: TokenIds | None = None,
     ) -> Encoded:
         """Encode texts; a token looks only at itself and at what stands before it.

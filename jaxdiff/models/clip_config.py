@@ -45,8 +45,6 @@ class CLIPTextConfig:
 
     def __post_init__(self):
         check_tower(self)
-        if type(self.eos_token_id) is not int:
-            raise InputError(f"eos_token_id must be one whole number, got {self.eos_token_id!r}")
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,8 @@ class CLIPConfig:
     logit_scale_init_value: float = 2.6592
 
     def __post_init__(self):
-        if type(self.projection_dim) is not int or self.projection_dim < 1:
-            raise InputError(f"projection_dim must be a positive whole number, got {self.projection_dim!r}")
+        if self.projection_dim < 1:
+            raise InputError(f"projection_dim must be at least 1, got {self.projection_dim}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return what transformers' `CLIPConfig.from_pretrained` reads."""
@@ -106,8 +104,8 @@ def check_tower(config: CLIPTextConfig | CLIPVisionConfig) -> None:
     """Raise InputError for numbers that no network has, and for an activation that is not known."""
     for entry in fields(config):
         value = getattr(config, entry.name)
-        if entry.type is int and entry.name != "eos_token_id" and not (type(value) is int and value > 0):
-            raise InputError(f"{entry.name} must be a positive whole number, got {value!r}")
+        if entry.type is int and entry.name != "eos_token_id" and value < 1:
+            raise InputError(f"{entry.name} must be at least 1, got {value}")
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"hidden_size {config.hidden_size} does not split into num_attention_heads {config.num_attention_heads}"
@@ -132,8 +130,9 @@ def read_clip_config(values: Mapping[str, Any]) -> CLIPConfig:
       InputError: another model's, or a value that is not known here; the message names it.
     """
     require_type(values, "clip")
-    plain = {name: values[name] for name in ("projection_dim", "logit_scale_init_value") if values.get(name)}
-    return CLIPConfig(tower_config(values, CLIPTextConfig), tower_config(values, CLIPVisionConfig), **plain)
+    text, vision = tower_config(values, CLIPTextConfig), tower_config(values, CLIPVisionConfig)
+    scale = values.get("logit_scale_init_value")
+    return CLIPConfig(text, vision, text.projection_dim, *() if scale is None else (float(scale),))
 
 
 def tower_config(values: Mapping[str, Any], kind: type[TowerConfig]) -> TowerConfig:
@@ -147,19 +146,41 @@ def tower_config(values: Mapping[str, Any], kind: type[TowerConfig]) -> TowerCon
         name = "text_config" if kind is CLIPTextConfig else "vision_config"
         # Where an old file has both, its `..._dict` counts.
         own = values.get(f"{name}_dict") or values.get(name) or {}
+        if not isinstance(own, Mapping):
+            raise InputError(f"config.json: {name} must be an object, got {own!r}")
         # Its own projection_dim is often a left-over.
         values = {**own, "projection_dim": values.get("projection_dim")}
     for key in ("pruned_heads", "add_cross_attention", "is_decoder"):
         if values.get(key):
             raise InputError(f"config.json: {key} {values[key]!r} asks for another network than CLIP's")
-    given = {entry.name: values[entry.name] for entry in fields(kind) if values.get(entry.name) is not None}
-    for name in ("image_size", "patch_size"):
-        if isinstance(given.get(name), list | tuple) and len(set(given[name])) == 1:
-            given[name] = given[name][0]
     try:
-        return kind(**given)
+        return kind(**given_fields(values, kind))
     except InputError as error:
         raise InputError(f"config.json: {error}") from error
+
+
+JSON_TYPES: dict[Any, tuple[Any, str]] = {str: (str, "text"), float: (int | float, "a number")}
+"""Types other than whole numbers, by those of the fields, and what they are called."""
+
+
+def given_fields(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return the fields that the values give, each of a fitting type.
+
+    Raises:
+      InputError: a value is of another type; the message names it.
+    """
+    given = {}
+    for entry in fields(kind):
+        value = values.get(entry.name)
+        if value is None:
+            continue
+        if entry.name in ("image_size", "patch_size") and isinstance(value, list | tuple) and len(set(value)) == 1:
+            value = value[0]
+        wanted, name = JSON_TYPES.get(entry.type, (int, "one whole number"))
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise InputError(f"{entry.name} must be {name}, got {value!r}")
+        given[entry.name] = float(value) if entry.type is float else value
+    return given
 
 
 def require_type(values: Mapping[str, Any], *known: str) -> None:
