@@ -75,6 +75,26 @@ class Preprocessor:
             table = np.divide(np.subtract(table, mean), std)
         return table
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a preprocessor_config.json says of this."""
+
+        def sizes(size: Side) -> Any:
+            return {"height": size[0], "width": size[1]} if isinstance(size, tuple) else {"shortest_edge": size}
+
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": self.resize is not None,
+            "size": sizes(self.resize or self.crop),
+            "do_center_crop": True,
+            "crop_size": sizes(self.crop),
+            "resample": self.resample,
+            "do_rescale": self.rescale_factor is not None,
+            "rescale_factor": self.rescale_factor or 1 / 255,
+            "do_normalize": self.image_mean is not None,
+            "image_mean": self.image_mean or OPENAI_MEAN,
+            "image_std": self.image_std or OPENAI_STD,
+        }
+
     def __call__(self, pixels: Picture) -> Float[np.ndarray, "3 H W"]:
         """Return the `pixel_values` of one picture, channels first, as transformers' processors do."""
         cut = self.cut(pixels)

@@ -4,6 +4,7 @@ Built by the `tokenizers` library from vocab.json and merges.txt, or from tokeni
 transformers' CLIPTokenizer.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -184,3 +185,12 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     if wrong := [pair for pair in pairs if len(pair) != 2]:
         raise InputError(f"{path}: a line is {' '.join(wrong[0])!r}, but must hold two pieces")
     return [(first, second) for first, second in pairs]
+
+
+def write_tokenizer(folder: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json, which transformers' CLIPTokenizer reads too."""
+    (folder / "vocab.json").write_text(json.dumps(dict(vocab)), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "bos_token": BEGIN, "eos_token": END, "pad_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "unk_token": END}))
