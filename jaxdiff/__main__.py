@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "train_cfg": "train a class- and domain-conditional diffusion model, sample it, judge it",
     "sample_cfg": "sample and judge a trained run again, with other guidance, steps or seeds",
+    "zeroshot": "classify pictures by the names of their classes alone, with CLIP",
 }
 
 

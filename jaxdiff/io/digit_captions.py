@@ -49,10 +49,8 @@ def caption_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocab, merges
 
 
-def caption_ids(
-    tokenizer: CLIPTokenizer, class_names: Sequence[str] = CLASS_NAMES
-) -> Int[np.ndarray, "captions classes L"]:
+def caption_ids(tokenizer: CLIPTokenizer) -> Int[np.ndarray, "captions classes L"]:
     """Return the token ids of every caption of every class."""
-    texts = [caption.replace("{}", name) for caption, _ in CAPTIONS for name in class_names]
+    texts = [caption.replace("{}", name) for caption, _ in CAPTIONS for name in CLASS_NAMES]
     ids = tokenizer(texts, length=tokenizer.context_length).input_ids
-    return ids.reshape(len(CAPTIONS), len(class_names), -1)
+    return ids.reshape(len(CAPTIONS), len(CLASS_NAMES), -1)

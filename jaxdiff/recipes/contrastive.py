@@ -122,8 +122,8 @@ def make_batches(tokenizer: CLIPTokenizer, batch_size: int, seed: int) -> Callab
     return batch_at
 
 
-def train_tiny_clip(num_steps: int, seed: int, mesh: Mesh) -> tuple[CLIPConfig, Any, CLIPTokenizer]:
-    """Train on the embedded digits; return the config, the averaged parameters and the tokenizer."""
+def train_tiny_clip(num_steps: int, seed: int, mesh: Mesh) -> tuple[CLIPConfig, Any]:
+    """Train on the embedded digits; return the config and the averaged parameters."""
     vocab, merges = caption_vocabulary()
     tokenizer = CLIPTokenizer(vocab, merges, CONTEXT)
     config = tiny_config(len(vocab), tokenizer.pad_id)
@@ -142,7 +142,7 @@ def train_tiny_clip(num_steps: int, seed: int, mesh: Mesh) -> tuple[CLIPConfig, 
             state = result.state
             if result.step % 50 == 0:
                 bar.set_postfix(loss=f"{float(result.metrics['loss']):.3f}")
-    return config, state.ema_params, tokenizer
+    return config, state.ema_params
 
 
 def tiny_digits_folder(cache: Path, num_steps: int, mesh: Mesh) -> Path:
@@ -154,7 +154,7 @@ def tiny_digits_folder(cache: Path, num_steps: int, mesh: Mesh) -> Path:
     if (folder / FILE).is_file():
         return folder
     print(f"training tiny-digits, a small CLIP of the embedded digits, {num_steps} steps, once; kept in {folder}")
-    config, params, tokenizer = train_tiny_clip(num_steps, 0, mesh)
+    config, params = train_tiny_clip(num_steps, 0, mesh)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as place:
         partial = Path(place) / "model"
