@@ -86,9 +86,8 @@ def run(config: Config) -> list[Path]:
     check_writable(config.out)
     images = load_labelled(config.images, config.labels, config.clean_names)
     prompts = make_prompts(images.class_names, config.template, config.descriptions)
-    print(
-        f"{len(images.names):,} pictures of {len(images.class_names):,} classes, {len(prompts.by_class[0])} prompts each"
-    )
+    per_class = len(prompts.by_class[0])
+    print(f"{len(images.names):,} pictures of {len(images.class_names):,} classes, {per_class} prompts a class")
     results = []
     for name in config.model:
         encoder = prepare_encoder(name, config.revision, config.dtype, config.tiny_steps, mesh)

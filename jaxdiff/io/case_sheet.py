@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from jaxdiff.io.grids import FAINT, INK, shorten
 
 RIGHT, WRONG, TRACK = (35, 87, 198), (205, 92, 20), (233, 235, 238)
-PICTURE, MARGIN, GAP, LINE, WIDTH = 168, 20, 24, 28, 460
-NAME = 190
-"""Width of the class names, in pixels."""
+PICTURE, MARGIN, GAP, LINE = 168, 20, 24, 28
+LONGEST_NAME, BAR, NUMBER = 190, 200, 76
+"""Widths in pixels: the most that class names take, a bar, and the number after it."""
 
 
 class Case(NamedTuple):
@@ -37,7 +37,10 @@ def case_sheet(cases: Sequence[Case], title: str, columns: int = 2) -> UInt8[np.
     """Draw at least one case; bars of the true class are blue, those of others orange."""
     font, bold = ImageFont.load_default(16), ImageFont.load_default(22)
     height = LINE + max(PICTURE, LINE * max(len(case.names) for case in cases)) + GAP
-    wide = PICTURE + GAP + WIDTH
+    longest = max(font.getlength(name) for case in cases for name in case.names)
+    name_width = min(LONGEST_NAME, int(longest) + 1)
+    width = name_width + 10 + BAR + NUMBER
+    wide = PICTURE + GAP + width
     rows, columns = -(-len(cases) // columns), min(columns, len(cases))
     size = 2 * MARGIN + columns * wide + (columns - 1) * GAP, 2 * MARGIN + 40 + rows * height
     canvas = Image.new("RGB", size, "white")
@@ -53,14 +56,14 @@ def case_sheet(cases: Sequence[Case], title: str, columns: int = 2) -> UInt8[np.
         left += PICTURE + GAP
         for line, (name, probability) in enumerate(zip(case.names, case.probabilities)):
             middle = top + line * LINE + LINE // 2
-            pen.text((left, middle), shorten(name, font, NAME), INK, font, anchor="lm")
-            start, length = left + NAME + 10, WIDTH - NAME - 76
-            pen.rectangle((start, middle - 8, start + length, middle + 8), TRACK)
-            filled = round(length * float(probability))
+            pen.text((left, middle), shorten(name, font, name_width), INK, font, anchor="lm")
+            start = left + name_width + 10
+            pen.rectangle((start, middle - 8, start + BAR, middle + 8), TRACK)
+            filled = round(BAR * float(probability))
             if filled:
                 pen.rectangle((start, middle - 8, start + filled, middle + 8), RIGHT if line == case.right else WRONG)
             text = f"{100 * float(probability):.1f} %"
-            pen.text((left + WIDTH, middle), text, FAINT, font, anchor="rm")
+            pen.text((left + width, middle), text, FAINT, font, anchor="rm")
     return np.asarray(canvas)
 
 

@@ -111,7 +111,7 @@ class CLIPTokenizer:
             if len(row) > self.context_length and not truncate:
                 raise InputError(
                     f"the prompt {text!r} has {len(row)} tokens, begin and end included, more than the "
-                    f"{self.context_length} that the model reads: shorten it, or have prompts truncated"
+                    f"{self.context_length} that the model reads: shorten it, or have it cut by --truncate"
                 )
         rows = [row if len(row) <= self.context_length else [*row[: self.context_length - 1], row[-1]] for row in rows]
         length = max(map(len, rows)) if length is None else length

@@ -83,7 +83,7 @@ def answer(image_embeds: Embeds, weights: Embeds, logit_scale: float, labels: In
 
 
 def figures_of(answers: Answers, num_classes: int, seed: int) -> Figures:
-    """Return accuracies, the first with its 95 % interval, mean per-class recall and calibration error, all in [0, 1]."""
+    """Return accuracies, top-1 with its 95 % interval, mean recall and calibration error, all in [0, 1]."""
     low, high = bootstrap_interval(int(answers.correct.sum()), len(answers.labels), seed)
     return {
         "top1": float(answers.correct.mean()),

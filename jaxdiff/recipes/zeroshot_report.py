@@ -22,8 +22,8 @@ from jaxdiff.recipes.zeroshot import Prompts, Result
 
 MATRIX_CLASSES = 60
 """With more classes than this the confusion matrix is drawn as a picture, without names."""
-PAIRS = 20
-WORST = 20
+PAIRS = 12
+WORST = 12
 SKIPPED_LISTED = 20
 
 
@@ -63,7 +63,8 @@ def write_outputs(
         name = "" if len(results) == 1 else f" of {result.name}"
         sections += [
             Section(
-                f"Cases{name}", [Picture(sheet, f"{kind.capitalize()}, drawn by the seed.") for kind, sheet in sheets]
+                f"Cases{name}",
+                [Picture(sheet, f"{kind.capitalize()}, drawn by the seed.", wide=True) for kind, sheet in sheets],
             ),
             classes_section(f"Classes{name}", result, images),
         ]
@@ -184,7 +185,7 @@ def classes_section(title: str, result: Result, images: LabelledImages) -> Secti
     caption = "True class (row) and recognised class (column), pictures."
     blocks: list[Any] = []
     if len(names) <= MATRIX_CLASSES:
-        blocks.append(Confusion(counts, names, caption))
+        blocks.append(Confusion(counts, names, caption, rows="true class"))
     else:
         blocks.append(Picture(heat_map(counts), f"{caption} Darker is more of the row; the diagonal is recognised."))
     pairs = [[names[row], names[column], f"{count:,}"] for row, column, count in confused_pairs(counts, PAIRS)]
