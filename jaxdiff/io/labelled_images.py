@@ -22,7 +22,7 @@ from jaxdiff.io.images import read_image
 from jaxdiff.io.pretrained_files import read_object
 from jaxdiff.io.prompts import clean_name
 
-Pixels = UInt8[np.ndarray, "H W 3"]
+Pixels = UInt8[np.ndarray, "_ _ 3"]
 
 
 @dataclass(frozen=True)
@@ -75,30 +75,36 @@ def load_labelled(images: str, labels: Path | None, clean_names: bool) -> Labell
         raise InputError(f"--images {images}: no such folder or csv file; or give `digits`")
     if not found:
         raise InputError(f"--images {images}: no pictures there ({', '.join(sorted(SUFFIXES))})")
-    numbered = given is None and path.is_dir() and not any(child.is_dir() for child in path.iterdir())
-    if numbered:
-        raise InputError(
-            f"--images {images}: the names of the files give class numbers: say what they mean by --labels"
-        )
+    if given is None and path.is_dir() and found[0][0].parent == path:
+        raise InputError(f"--images {images}: the files are named by class numbers: say what they mean by --labels")
     class_names = given if given is not None else tuple(sorted({label for _, label in found}))
-    index = {name: number for number, name in enumerate(class_names)}
-    if given is not None:
-        index |= (
-            {str(number): number for number in range(len(given))}
-            if not index.keys() & map(str, range(len(given)))
-            else {}
-        )
-    for file, label in found:
-        if label not in index:
-            raise InputError(f"{file}: its class {label!r} is not in the labels")
-    numbers = np.array([index[label] for _, label in found], np.int32)
-    if absent := sorted(set(range(len(class_names))) - set(numbers.tolist())):
-        more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
-        raise InputError(f"--images {images}: no picture of class {class_names[absent[0]]!r}{more}")
+    numbers = number_classes(images, found, class_names, given is not None)
     spoken = tuple(map(clean_name, class_names)) if clean_names else class_names
     require_different(spoken)
     root = path if path.is_dir() else path.parent
     return LabelledImages([str(file.relative_to(root)) for file, _ in found], numbers, spoken, [f for f, _ in found])
+
+
+def number_classes(
+    images: str, found: Sequence[tuple[Path, str]], class_names: Sequence[str], numbered: bool
+) -> Int[np.ndarray, "N"]:
+    """Return the class of every picture, given by its name or, where classes are `numbered`, by its number.
+
+    Raises:
+      InputError: a picture of no known class, or a class without pictures.
+    """
+    index = {name: number for number, name in enumerate(class_names)}
+    if numbered:
+        index |= {str(number): number for number in range(len(class_names))}
+    for file, label in found:
+        if label not in index:
+            raise InputError(f"{file}: its class {label!r} is not in the labels")
+    numbers = np.array([index[label] for _, label in found], np.int32)
+    absent = sorted(set(range(len(class_names))) - set(numbers.tolist()))
+    if absent:
+        more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
+        raise InputError(f"--images {images}: no picture of class {class_names[absent[0]]!r}{more}")
+    return numbers
 
 
 def embedded() -> LabelledImages:

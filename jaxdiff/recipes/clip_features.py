@@ -171,9 +171,7 @@ def encode_prompts(
     """
     unique = list(dict.fromkeys(prompts))
     tokens = encoder.tokenizer(unique, truncate)
-    place = (
-        None if cache is None else cache / f"{text_hash(encoder, tokens.input_ids, tokens.attention_mask)}.safetensors"
-    )
+    place = None if cache is None else cache / f"{text_hash(encoder, *tokens)}.safetensors"
     if place is not None and place.is_file():
         embeds = read_safetensors(place)["text_embeds"]
     else:
@@ -207,11 +205,9 @@ def encode_tokens(encoder: Encoder, input_ids: np.ndarray, attention_mask: np.nd
     length = min(-(-input_ids.shape[1] // LENGTH_STEP) * LENGTH_STEP, limit)
     number, batch = len(input_ids), round_up(min(TEXT_BATCH, len(input_ids)), mesh)
     # Whatever stands after the end of a text is masked; rows beyond the last one repeat it and are dropped.
-    pad = ((0, -number % batch), (0, length - input_ids.shape[1]))
-    ids = np.pad(
-        np.pad(input_ids, (pad[0], (0, 0)), "edge"), ((0, 0), pad[1]), constant_values=encoder.tokenizer.pad_id
-    )
-    mask = np.pad(np.pad(attention_mask, (pad[0], (0, 0)), "edge"), ((0, 0), pad[1]))
+    rows, columns = ((0, -number % batch), (0, 0)), ((0, 0), (0, length - input_ids.shape[1]))
+    ids = np.pad(np.pad(input_ids, rows, "edge"), columns, constant_values=encoder.tokenizer.pad_id)
+    mask = np.pad(np.pad(attention_mask, rows, "edge"), columns)
     embeds = [
         np.asarray(compiled(encoder.model.params, *put_batch((ids[i : i + batch], mask[i : i + batch]), mesh)))
         for i in range(0, len(ids), batch)
