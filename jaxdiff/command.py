@@ -8,7 +8,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -25,33 +25,36 @@ def run_command(
     config_class: type[ConfigType],
     run: Callable[[ConfigType], Sequence[Path]],
     args: Sequence[str] | None = None,
+    program: str = "jaxdiff",
 ) -> int:
     """Parse `args` into `config_class`, call `run` on it, print the paths it returns.
 
     Args:
-      name: the command as typed after `python -m jaxdiff.`.
+      name: the command as typed after `jaxdiff`.
       config_class: frozen dataclass whose fields are the flags.
       run: does the work and returns the paths that it wrote.
       args: command line without the program; None means `sys.argv[1:]`.
+      program: what is typed before the name.
 
     Returns:
       The exit code.
     """
+    command = f"{program} {name}"
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         keep_freed_memory()
-        paths = run(parse(name, config_class, sys.argv[1:] if args is None else args))
+        paths = run(parse(command, config_class, sys.argv[1:] if args is None else args))
     except InterruptedRun as stop:
-        print(f"\njaxdiff {name}: {stop}", file=sys.stderr)
+        print(f"\n{command}: {stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print(f"\njaxdiff {name}: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"\n{command}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     except Exception as error:
         sentence = explain(error)
         if sentence is None or os.environ.get("JAXDIFF_TRACEBACK"):
             raise
-        print(f"jaxdiff {name}: error: {sentence}", file=sys.stderr)
+        print(f"{command}: error: {sentence}", file=sys.stderr)
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -61,13 +64,25 @@ def run_command(
     return 0
 
 
-def parse(name: str, config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
+def print_commands(program: str, arguments: str, commands: Mapping[str, str], word: str) -> int:
+    """Print the list of commands, as help or because `word` names none of them; return the exit code."""
+    listing = "\n".join(f"  {command:<12} {does}" for command, does in commands.items())
+    more = f"{program} COMMAND --help lists the options."
+    usage = f"usage: {program} COMMAND {arguments}\n\ncommands:\n{listing}\n\n{more}"
+    if word in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"{program}: error: no command {word!r}\n\n{usage}", file=sys.stderr)
+    return 2
+
+
+def parse(command: str, config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
     """Return the config that the flags describe; tyro itself answers --help and flags that it cannot read.
 
     Raises:
       InputError: the config refuses a value, or a value is empty.
     """
-    for before, arg in pairwise([f"jaxdiff {name}", *args]):
+    for before, arg in pairwise([command, *args]):
         # Else --out "$RUN" with RUN unset would mean the current folder.
         if not arg or (arg.startswith("--") and arg.endswith("=")):
             raise InputError(f"the value after {arg[:-1] or before} is empty; is a shell variable unset?")
@@ -78,7 +93,7 @@ def parse(name: str, config_class: type[ConfigType], args: Sequence[str]) -> Con
 
     return tyro.cli(
         given,
-        prog=f"jaxdiff {name}",
+        prog=command,
         description=config_class.__doc__,
         args=args,
         config=(tyro.conf.OmitArgPrefixes,),

@@ -19,7 +19,7 @@ from jaxdiff.settings import (
     SamplingSettings,
     require,
     require_at_least,
-    require_enough_timesteps,
+    require_timesteps,
     require_trained_branches,
 )
 from jaxdiff.train_cfg import Config as TrainConfig
@@ -69,7 +69,7 @@ def run(config: Config) -> list[Path]:
 
     started = time.perf_counter()
     folder, trained_with = read_run(config.run, TrainConfig)
-    require_enough_timesteps(config.sampling, trained_with.diffusion)
+    require_timesteps(config.sampling, trained_with.diffusion)
     require_trained_branches(config.sampling, trained_with.training)
     mesh = make_mesh(config.devices)
     out = make_folder(config.out)

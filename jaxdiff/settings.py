@@ -6,6 +6,9 @@ from typing import Literal
 
 from jaxdiff.errors import InputError
 
+SamplerName = Literal["ddim", "ddpm", "euler", "heun", "dpm++2m", "dpm++2m-sde", "unipc", "pndm"]
+Threshold = Literal["static", "dynamic", "none"]
+
 
 def require(condition: bool, message: str) -> None:
     """Raise `InputError(message)` unless the condition holds."""
@@ -124,12 +127,16 @@ class TrainingSettings:
 class SamplingSettings:
     """The reverse process and its guidance."""
 
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """DDIM (arXiv 2010.02502) or DDPM ancestral (arXiv 2006.11239)."""
+    sampler: SamplerName = "ddim"
+    """DDPM ancestral (arXiv 2006.11239), DDIM (2010.02502), Euler or Heun (2206.00364; Heun evaluates twice a step),
+    DPM-Solver++ 2M or its SDE form (2211.01095), UniPC (2302.04867), PNDM (2202.09778)."""
     num_steps: int = 25
     """Sampling steps, 1 to T."""
-    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    """Which of the T timesteps the steps visit (arXiv 2305.08891, table 2)."""
+    spacing: Literal["leading", "trailing", "linspace", "karras"] = "trailing"
+    """Which of the T timesteps the steps visit (arXiv 2305.08891, table 2; karras: 2206.00364, eq. 5)."""
+    threshold: Threshold = "static"
+    """What happens to predicted pixels outside [-1, 1]: clip them (static), scale the image down (dynamic, arXiv
+    2205.11487) or nothing."""
     eta: float | None = None
     """Share of DDPM's noise in a DDIM step, 0 (none) to 1 (all); None means 0. Only with --sampler ddim."""
     guidance_scale: float = 4.0
@@ -144,6 +151,10 @@ class SamplingSettings:
     def __post_init__(self):
         for name in ("num_steps", "sample_batch_size"):
             require_at_least(name, getattr(self, name), 1)
+        require(
+            (self.sampler, self.spacing) != ("pndm", "karras"),
+            "--sampler pndm needs steps of equal length: use --spacing trailing, leading or linspace",
+        )
         require(
             self.eta is None or self.sampler == "ddim",
             f"--eta has no effect with --sampler {self.sampler}: drop it or use ddim",
@@ -174,8 +185,13 @@ class SamplingSettings:
         return self.guidance_scale if self.domain_guidance_scale is None else self.domain_guidance_scale
 
 
-def require_enough_timesteps(sampling: SamplingSettings, diffusion: DiffusionSettings) -> None:
-    """Raise InputError where the sampler would take more steps than the model has timesteps."""
+def require_timesteps(sampling: SamplingSettings, diffusion: DiffusionSettings) -> None:
+    """Raise InputError where the model's noise schedule does not have the timesteps that the sampler would visit."""
+    require(
+        not (sampling.spacing == "karras" and diffusion.zero_terminal_snr),
+        "--spacing karras needs a finite noise level at the last timestep, which --zero-terminal-snr has not: use "
+        "--spacing trailing",
+    )
     require(
         sampling.num_steps <= diffusion.num_train_timesteps,
         f"--num-steps {sampling.num_steps} is more than the {diffusion.num_train_timesteps} timesteps of training "

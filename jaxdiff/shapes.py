@@ -16,10 +16,10 @@ Pixels = UInt8[np.ndarray, "B H W C"]
 Labels = Int[Array | np.ndarray, "B"]
 """One integer condition (class or domain) for each image."""
 
-Timesteps = Int[Array, "B"]
-"""One timestep for each image, 0 (least noise) to T-1 (pure noise)."""
+Timesteps = Int[Array, "B"] | Float[Array, "B"]
+"""One timestep for each image, 0 (least noise) to T-1 (pure noise); real numbers lie between those of training."""
 
-Timestep = Int[Array, ""]
+Timestep = Int[Array, ""] | Float[Array, ""]
 """One timestep shared by the whole batch; -1 means clean data."""
 
 ImageKeys = Key[Array, "B"]

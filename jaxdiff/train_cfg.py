@@ -23,7 +23,7 @@ from jaxdiff.settings import (
     TrainingSettings,
     require,
     require_at_least,
-    require_enough_timesteps,
+    require_timesteps,
     require_trained_branches,
 )
 
@@ -70,7 +70,7 @@ class Config:
             0 <= self.deliver <= self.samples_per_class,
             f"--deliver must lie in 0..{self.samples_per_class} (--samples-per-class), got {self.deliver}",
         )
-        require_enough_timesteps(self.sampling, self.diffusion)
+        require_timesteps(self.sampling, self.diffusion)
         require_trained_branches(self.sampling, self.training)
 
 

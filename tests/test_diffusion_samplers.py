@@ -8,16 +8,12 @@ import torch
 from conftest import SAMPLER_ATOL
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from jaxdiff.diffusion.edm import Churn, Euler, Heun
+from jaxdiff.diffusion.multistep import PNDM, DPMSolverMultistep, UniPC
 from jaxdiff.diffusion.prediction import Prediction, to_prediction
-from jaxdiff.diffusion.samplers import (
-    ddim_step,
-    ddpm_step,
-    image_keys,
-    posterior_std,
-    sample,
-    starting_noise,
-)
-from jaxdiff.diffusion.schedule import make_schedule, timestep_spacing, with_final
+from jaxdiff.diffusion.samplers import DDIM, DDPM, image_keys, posterior_std, sample, starting_noise
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.diffusion.timesteps import timestep_spacing, with_final
 
 SHAPE = (4, 4, 3)
 MEAN, STD = 0.3, 0.5
@@ -39,11 +35,11 @@ def gaussian_denoiser(schedule):
     return denoise
 
 
-def exact_flow(schedule, x_T, t):
+def exact_flow(schedule, x_T, t, s=-1):
     """Return where the probability flow ODE ends: it keeps the quantile of a Gaussian."""
-    a = float(schedule.alphas_cumprod[t])
-    spread = np.sqrt(a * STD**2 + 1 - a)
-    return MEAN + STD * (np.asarray(x_T, np.float64) - np.sqrt(a) * MEAN) / spread
+    a = np.append(np.asarray(schedule.alphas_cumprod, np.float64), 1.0)
+    mean, spread = np.sqrt(a) * MEAN, np.sqrt(a * STD**2 + 1 - a)
+    return mean[s] + spread[s] * (np.asarray(x_T, np.float64) - mean[t]) / spread[t]
 
 
 def test_ddim_converges_with_order_one():
@@ -52,20 +48,25 @@ def test_ddim_converges_with_order_one():
     x_T = starting_noise(keys, SHAPE)
     steps, errors = np.array([10, 20, 40, 80]), []
     for num_steps in steps:
-        timesteps = with_final(timestep_spacing("trailing", int(num_steps), 1000))
-        x_0 = sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, ddim_step)
+        timesteps = with_final(timestep_spacing("trailing", int(num_steps), schedule))
+        x_0 = sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, DDIM())
         errors.append(np.sqrt(np.mean((x_0 - exact_flow(schedule, x_T, 999)) ** 2)))
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(slope + 1) < 0.2, (slope, errors)
 
 
-@pytest.mark.parametrize(("step", "eta"), [(ddim_step, 0.5), (ddim_step, 1.0), (ddpm_step, 1.0)])
-def test_stochastic_samplers_keep_mean_and_variance(step, eta):
+@pytest.mark.parametrize(
+    "sampler",
+    [DDIM(0.5), DDIM(1.0), DDPM(), DPMSolverMultistep(stochastic=True), Euler(Churn(5.0)), Heun(Churn(50.0))],
+    ids=lambda sampler: f"{sampler}"[:32],
+)
+def test_stochastic_samplers_keep_mean_and_variance(sampler):
     schedule = make_schedule("linear")
     keys = keys_of(400)
-    step = partial(step, eta=eta) if step is ddim_step else step
-    timesteps = with_final(timestep_spacing("trailing", 250, 1000))
-    x_0 = np.asarray(sample(gaussian_denoiser(schedule), starting_noise(keys, SHAPE), keys, schedule, timesteps, step))
+    timesteps = with_final(timestep_spacing("trailing", 250, schedule))
+    x_0 = np.asarray(
+        sample(gaussian_denoiser(schedule), starting_noise(keys, SHAPE), keys, schedule, timesteps, sampler)
+    )
     # 19,200 independent values: standard errors 0.5/139 = 0.0036 (mean) and 0.0026 (std); four of them, and the
     # discretisation error of 250 steps, which shrinks the spread by about 1 %.
     assert abs(x_0.mean() - MEAN) < 0.0144
@@ -77,11 +78,12 @@ def test_direction_without_noise_would_be_caught():
     schedule = make_schedule("linear")
     keys = keys_of(400)
 
-    def faulty(schedule, prediction, x_t, t, s, draw):
-        return ddim_step(schedule, prediction, x_t, t, s, lambda: jnp.zeros_like(x_t), eta=1.0)
+    class Faulty(DDIM):
+        def step(self, schedule, denoise, x_t, memory, move, draw):
+            return super().step(schedule, denoise, x_t, memory, move, lambda: jnp.zeros_like(x_t))
 
-    timesteps = with_final(timestep_spacing("trailing", 250, 1000))
-    x_0 = sample(gaussian_denoiser(schedule), starting_noise(keys, SHAPE), keys, schedule, timesteps, faulty)
+    timesteps = with_final(timestep_spacing("trailing", 250, schedule))
+    x_0 = sample(gaussian_denoiser(schedule), starting_noise(keys, SHAPE), keys, schedule, timesteps, Faulty(1.0))
     assert np.asarray(x_0).std() < 0.7 * STD
 
 
@@ -91,7 +93,7 @@ def test_ddim_with_eta_one_is_the_ddpm_posterior():
     x_T = starting_noise(keys, SHAPE)
     timesteps = with_final(np.arange(49, -1, -1, dtype=np.int32))
     run = partial(sample, gaussian_denoiser(schedule), x_T, keys, schedule, timesteps)
-    np.testing.assert_allclose(run(partial(ddim_step, eta=1.0)), run(ddpm_step), atol=SAMPLER_ATOL)
+    np.testing.assert_allclose(run(DDIM(1.0)), run(DDPM()), atol=SAMPLER_ATOL)
 
 
 def toy_network(x_t, t, xp):
@@ -111,8 +113,8 @@ def test_ddim_as_in_diffusers(prediction_type, spacing, num_steps):
         alpha, sigma = schedule.alpha_sigma(t)
         return to_prediction(toy_network(x_t, t, jnp), x_t, alpha, sigma, prediction_type)
 
-    timesteps = with_final(timestep_spacing(spacing, num_steps, 1000))
-    ours = sample(denoise, x_T, keys, schedule, timesteps, ddim_step)
+    timesteps = with_final(timestep_spacing(spacing, num_steps, schedule))
+    ours = sample(denoise, x_T, keys, schedule, timesteps, DDIM())
     theirs = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -134,19 +136,20 @@ def test_eta_as_in_diffusers_with_the_same_noise(eta):
     schedule = make_schedule("linear")
     keys = keys_of(2)
     x_T = starting_noise(keys, SHAPE)
-    timesteps = with_final(timestep_spacing("leading", 20, 1000))
+    timesteps = with_final(timestep_spacing("leading", 20, schedule))
     drawn = []
 
     def denoise(x_t, t):
         alpha, sigma = schedule.alpha_sigma(t)
         return to_prediction(toy_network(x_t, t, jnp), x_t, alpha, sigma, "eps")
 
-    def recording_step(schedule, prediction, x_t, t, s, draw):
-        noise = draw()
-        jax.debug.callback(lambda n: drawn.append(np.array(n)), noise, ordered=True)
-        return ddim_step(schedule, prediction, x_t, t, s, lambda: noise, eta=eta)
+    class Recording(DDIM):
+        def step(self, schedule, denoise, x_t, memory, move, draw):
+            noise = draw()
+            jax.debug.callback(lambda n: drawn.append(np.array(n)), noise, ordered=True)
+            return super().step(schedule, denoise, x_t, memory, move, lambda: noise)
 
-    ours = sample(denoise, x_T, keys, schedule, timesteps, recording_step)
+    ours = sample(denoise, x_T, keys, schedule, timesteps, Recording(eta))
     jax.effects_barrier()
     theirs = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True)
     theirs.set_timesteps(20)
@@ -171,12 +174,11 @@ def test_strided_posterior_std_as_in_diffusers():
 
 def test_a_batch_of_n_equals_n_singles():
     schedule = make_schedule("linear")
-    timesteps = with_final(timestep_spacing("leading", 10, 1000))
-    step = partial(ddim_step, eta=1.0)
+    timesteps = with_final(timestep_spacing("leading", 10, schedule))
 
     def run(keys):
         x_T = starting_noise(keys, SHAPE)
-        return sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, step)
+        return sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, DDIM(1.0))
 
     together = run(keys_of(5))
     for i in (0, 3, 4):
@@ -188,8 +190,8 @@ def test_trajectory_holds_every_state_and_changes_nothing():
     schedule = make_schedule("linear")
     keys = keys_of(2)
     x_T = starting_noise(keys, SHAPE)
-    timesteps = with_final(timestep_spacing("leading", 6, 1000))
-    run = partial(sample, gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, ddim_step)
+    timesteps = with_final(timestep_spacing("leading", 6, schedule))
+    run = partial(sample, gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, DDIM())
     x_0, trajectory = run(trajectory=True)
     np.testing.assert_array_equal(x_0, run())
     np.testing.assert_array_equal(trajectory.x_t[0], x_T)
@@ -203,11 +205,64 @@ def test_compiled_program_does_not_grow_with_steps():
     keys = keys_of(1)
 
     def size(num_steps):
-        timesteps = with_final(timestep_spacing("leading", num_steps, 1000))
+        timesteps = with_final(timestep_spacing("leading", num_steps, schedule))
 
         def run(x_T):
-            return sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, ddim_step)
+            return sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, DDIM())
 
-        return str(jax.make_jaxpr(run)(starting_noise(keys, SHAPE))).count("\n")
+        return jax.jit(run).lower(starting_noise(keys, SHAPE)).as_text().count("\n")
 
     assert size(500) == size(5)
+
+
+DETERMINISTIC = [DDIM(), Euler(), Heun(), DPMSolverMultistep(), UniPC(), PNDM()]
+EVERY = [*DETERMINISTIC, DDIM(0.5), DDPM(), DPMSolverMultistep(stochastic=True), Euler(Churn(5.0)), Heun(Churn(5.0))]
+
+
+@pytest.mark.parametrize("sampler", EVERY, ids=lambda sampler: f"{sampler}"[:32])
+@pytest.mark.parametrize(
+    ("timesteps", "zero_terminal_snr"),
+    [
+        ([999, 700, 300, 20], False),
+        ([999, 998, 500], False),
+        ([640], False),
+        ([999.0, 500.5, 3.25], False),
+        ([5, 4, 3, 2, 1, 0], False),
+        ([999, 900, 500, 0], True),
+    ],
+    ids=str,
+)
+def test_every_sampler_ends_at_the_clean_image_from_any_list(sampler, timesteps, zero_terminal_snr):
+    # If all data is one picture, the exact denoiser always sees it, and every process must end there.
+    schedule = make_schedule("linear", zero_terminal_snr=zero_terminal_snr)
+    picture = jnp.linspace(-1, 1, 48).reshape(1, *SHAPE)
+
+    def denoise(x_t, t):
+        alpha, sigma = schedule.alpha_sigma(t)
+        return Prediction(jnp.broadcast_to(picture, x_t.shape), (x_t - alpha * picture) / sigma)
+
+    keys = keys_of(2)
+    x_0 = sample(denoise, starting_noise(keys, SHAPE), keys, schedule, with_final(np.array(timesteps)), sampler)
+    np.testing.assert_allclose(x_0, jnp.broadcast_to(picture, x_0.shape), atol=SAMPLER_ATOL)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"),
+    [(DDIM(), 1), (Euler(), 1), (Heun(), 2), (DPMSolverMultistep(), 2), (UniPC(), 3)],
+    ids=lambda value: f"{value}"[:20],
+)
+def test_order_of_convergence(sampler, order):
+    # UniPC's predictor has order 2, and its corrector one more (arXiv 2302.04867, theorem 3.1).
+    # Equal steps in lambda, so that no step is much longer than the others; down to t = 0, where the flow is exact.
+    schedule = make_schedule("linear")
+    lambdas = 0.5 * np.asarray(schedule.logsnrs, np.float64)
+    keys = keys_of(8)
+    x_T = starting_noise(keys, SHAPE)
+    steps, errors = np.array([20, 40, 80]), []
+    for num_steps in steps:
+        walk = np.interp(np.linspace(lambdas[-1], lambdas[0], num_steps + 1), lambdas[::-1], np.arange(999, -1, -1))
+        timesteps = with_final(walk[:-1], final=0)
+        x_0 = sample(gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, sampler)
+        errors.append(np.sqrt(np.mean((x_0 - exact_flow(schedule, x_T, 999, 0)) ** 2)))
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert abs(slope - order) < 0.3, (slope, errors)

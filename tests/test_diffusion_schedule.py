@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FLOAT64_RTOL
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler
 
-from jaxdiff.diffusion.schedule import check_prediction_type, make_schedule, timestep_spacing, with_final
+from jaxdiff.diffusion.schedule import check_prediction_type, make_schedule
 
 NAMES = ("linear", "scaled_linear", "cosine")
 TORCH_NAMES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -58,30 +58,11 @@ def test_small_noise_keeps_its_precision():
     np.testing.assert_allclose(make_schedule("linear").sqrt_one_minus_alphas_cumprod, exact, rtol=FLOAT64_RTOL)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 999, 1000])
-def test_spacing_as_in_diffusers(spacing, num_steps):
-    theirs = DDPMScheduler(timestep_spacing=spacing)
-    theirs.set_timesteps(num_steps)
-    ours = timestep_spacing(spacing, num_steps, 1000)
-    # NumPy makes linspace(0, T-1, 1) = 0: diffusers then samples from pure noise as if it were clean data.
-    if not (spacing == "linspace" and num_steps == 1):
-        np.testing.assert_array_equal(ours, theirs.timesteps.numpy())
-    assert ours.max() < 1000
-    assert np.all(np.diff(with_final(ours)) < 0)
-
-
 def test_wrong_values_are_named(unchecked):
-    with pytest.raises(ValueError, match=r"num_steps must lie in 1\.\.10, got 11"):
-        timestep_spacing("leading", 11, 10)
-    with pytest.raises(ValueError, match="unknown spacing 'even'"):
-        timestep_spacing("even", 5, 10)
     with pytest.raises(ValueError, match="unknown schedule 'exp'"):
         make_schedule("exp")
     with pytest.raises(ValueError, match="beta_start <= beta_end"):
         make_schedule("linear", beta_start=0.1, beta_end=0.01)
-    with pytest.raises(ValueError, match="fall strictly"):
-        with_final(np.array([5, 5, 1], np.int32))
     with pytest.raises(ValueError, match="eps prediction is undefined"):
         check_prediction_type(make_schedule("linear", zero_terminal_snr=True), "eps")
 
@@ -91,3 +72,24 @@ def test_schedule_is_a_pytree():
 
     schedule = make_schedule("linear", 10)
     chex.assert_trees_all_equal(jax.jit(lambda s: s)(schedule), schedule)
+
+
+def test_between_the_integers_the_log_noise_level_is_linear():
+    schedule = make_schedule("cosine", 100)
+    levels = np.log(np.asarray(schedule.noise_level(jnp.arange(100)), np.float64))
+    between = jnp.array([0.0, 3.25, 98.5])
+    expected = np.array([levels[0], 0.75 * levels[3] + 0.25 * levels[4], (levels[98] + levels[99]) / 2])
+    np.testing.assert_allclose(np.log(schedule.noise_level(between)), expected, rtol=1e-5)
+    np.testing.assert_allclose(schedule.timestep_at(jnp.exp(jnp.asarray(expected, jnp.float32))), between, atol=1e-4)
+    alpha, sigma = schedule.alpha_sigma(between)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(sigma / alpha, np.exp(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [jnp.int32, jnp.float32])
+def test_minus_one_is_clean_data(kind):
+    schedule = make_schedule("linear", 10)
+    clean = jnp.asarray(-1, kind)
+    assert [float(value) for value in schedule.alpha_sigma(clean)] == [1.0, 0.0]
+    assert float(schedule.logsnr(clean)) == np.inf
+    assert float(schedule.noise_level(clean)) == 0.0

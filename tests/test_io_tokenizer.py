@@ -87,7 +87,7 @@ def test_added_tokens_of_older_versions_and_another_padding(tmp_path):
     ("files", "sentence"),
     [
         ({"vocab.json": None, "tokenizer.json": None}, "has no tokenizer; it should hold vocab.json and merges.txt"),
-        ({"vocab.json": "[1]"}, "vocab.json: must hold a JSON object"),
+        ({"vocab.json": "[1]"}, "vocab.json: cannot be read .a list instead of an object"),
         ({"vocab.json": '{"a": 1}'}, r"the vocabulary has no token <\|startoftext\|>"),
         ({"vocab.json": '{"a": "b"}'}, "must give each token a number"),
         ({"merges.txt": "#version: 0.2\na b c\n"}, "merges.txt: a line is 'a b c', but must hold two pieces"),

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import FLOAT32_ATOL
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import get_timestep_embedding
 
 from jaxdiff.models.convolution import Conv, convolve
 from jaxdiff.models.embeddings import ConditionEmbedding, sinusoidal_embedding
 from jaxdiff.models.normalization import GroupNorm
+from jaxdiff.models.resnet import Downsample
 
 X = jax.random.normal(jax.random.key(0), (3, 6, 8, 16))
 
@@ -116,3 +118,17 @@ def test_condition_embedding_looks_rows_up():
     table = jax.random.normal(jax.random.key(2), (4, 8))
     out = net.apply({"params": {"embedding": table}}, jnp.array([3, 0, 2]))
     np.testing.assert_allclose(out, table[jnp.array([3, 0, 2])], atol=FLOAT32_ATOL)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(("height", "width"), [(8, 6), (7, 5)])
+def test_downsampling_as_in_diffusers(padding, height, width):
+    torch.manual_seed(0)
+    theirs = Downsample2D(16, use_conv=True, out_channels=16, padding=padding, name="op")
+    kernel, bias = (parameter.detach().numpy() for parameter in (theirs.conv.weight, theirs.conv.bias))
+    params = {"conv": {"kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0)), "bias": jnp.asarray(bias)}}
+    x = np.random.default_rng(0).standard_normal((2, height, width, 16)).astype(np.float32)
+    ours = Downsample(16, padding).apply({"params": params}, jnp.asarray(x))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
+    np.testing.assert_allclose(ours, expected.transpose(0, 2, 3, 1), atol=FLOAT32_ATOL)

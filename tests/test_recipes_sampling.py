@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import CLASSES, DOMAINS, SHAPE, T, random_params, tiny_model, tiny_unet
+from tiny_model import CLASSES, DOMAINS, SHAPE, random_params, tiny_model, tiny_unet
 
 from jaxdiff.diffusion.samplers import image_keys
-from jaxdiff.diffusion.schedule import timestep_spacing
+from jaxdiff.diffusion.timesteps import timestep_spacing
 from jaxdiff.mesh import make_mesh
 from jaxdiff.recipes.conditional import Condition
 from jaxdiff.recipes.sampling import make_sampler, sample_pixels
@@ -150,7 +150,7 @@ def test_an_interval_guides_inside_and_is_the_cheaper_conditional_prediction_out
     (_, trajectory), evaluations = paint(settings, trajectory=True)
     schedule = tiny_model(painter()[0]).schedule
     levels = np.sqrt(1 / np.asarray(schedule.alphas_cumprod, np.float64) - 1)
-    inside = [low <= levels[t] <= high for t in timestep_spacing("trailing", num_steps, T)]
+    inside = [low <= levels[t] <= high for t in timestep_spacing("trailing", num_steps, schedule)]
     assert 2 <= sum(inside) <= num_steps - 4
     assert not inside[0]
     assert not inside[-1]

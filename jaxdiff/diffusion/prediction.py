@@ -17,6 +17,11 @@ Scale = Float[Array, ""] | Float[Array, "B"]
 """alpha_t or sigma_t: one for the batch, or one for each image."""
 
 
+HIGHEST_LEVEL = 80.0
+"""sigma_t / alpha_t beyond which x_0 cannot be had from an eps of elsewhere, whose error it multiplies: the highest
+level that EDM samples from (arXiv 2206.00364, table 1). Cosine schedules begin far above it."""
+
+
 class Prediction(NamedTuple):
     """The clean image and the noise that a network sees in x_t; they satisfy equation (1)."""
 
@@ -64,6 +69,28 @@ def clip_x_0(prediction: Prediction, x_t: Images, alpha_t: Scale, sigma_t: Scale
     """Clip the clean image to [-bound, bound] and recompute the noise, so that equation (1) still holds."""
     x_0 = jnp.clip(prediction.x_0, -bound, bound)
     return Prediction(x_0, _noise_of(x_0, x_t, expand(alpha_t, x_t), expand(sigma_t, x_t)))
+
+
+def threshold_x_0(
+    prediction: Prediction, x_t: Images, alpha_t: Scale, sigma_t: Scale, quantile: float = 0.995
+) -> Prediction:
+    """Scale the clean image down to [-1, 1] where more than a few values exceed it, "dynamic thresholding".
+
+    Each image is clipped to its own `quantile` of |x_0|, at least 1, and divided by it (arXiv 2205.11487, section 2.3);
+    the noise is recomputed, so that equation (1) still holds.
+    """
+    magnitudes = jnp.abs(prediction.x_0).reshape(x_t.shape[0], -1)
+    bound = expand(jnp.maximum(jnp.quantile(magnitudes, quantile, axis=1), 1.0), x_t)
+    x_0 = jnp.clip(prediction.x_0, -bound, bound) / bound
+    return Prediction(x_0, _noise_of(x_0, x_t, expand(alpha_t, x_t), expand(sigma_t, x_t)))
+
+
+def with_eps(prediction: Prediction, eps: Images, alpha_t: Scale, sigma_t: Scale) -> Prediction:
+    """Put another noise in and solve equation (1) for x_0; nothing changes at noise levels above `HIGHEST_LEVEL`."""
+    alpha, sigma = expand(alpha_t, eps), expand(sigma_t, eps)
+    applies = sigma <= HIGHEST_LEVEL * alpha
+    solved = prediction.x_0 - sigma / jnp.where(applies, alpha, 1.0) * (eps - prediction.eps)
+    return Prediction(jnp.where(applies, solved, prediction.x_0), jnp.where(applies, eps, prediction.eps))
 
 
 def _noise_of(x_0: Images, x_t: Images, alpha: Array, sigma: Array) -> Images:

@@ -1,4 +1,4 @@
-"""Noise schedules: how much of the image is left at each timestep, and which timesteps a sampler visits.
+"""Noise schedules: how much of the image is left at each timestep.
 
     (1)  x_t = alpha_t x_0 + sigma_t eps,   alpha_t = sqrt(alphas_cumprod[t]),  sigma_t = sqrt(1 - alphas_cumprod[t])
     (2)  linear         betas = linspace(beta_start, beta_end, T)                         (arXiv 2006.11239)
@@ -10,7 +10,7 @@
     (6)  zero terminal SNR: sqrt(alphas_cumprod) shifted and scaled so that its last entry is 0 and its first
          stays                                                                            (arXiv 2305.08891, alg. 1)
 
-Code index t is DDPM's step t+1. Tables are made in float64 and cast once.
+Code index t is DDPM's step t+1. Tables are made in float64 and cast once. Between the integers, logsnr is linear in t.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]
-Spacing = Literal["leading", "trailing", "linspace"]
+Times = Int[Array, "*S"] | Float[Array, "*S"]
+"""Timesteps; real numbers lie between the integers of the tables."""
 
 
 @jax.tree_util.register_dataclass
@@ -42,26 +43,37 @@ class NoiseSchedule:
         """The number of timesteps, T."""
         return self.betas.shape[0]
 
-    def alpha_sigma(self, t: Int[Array, "*S"]) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
+    def alpha_sigma(self, t: Times) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
         """Return (alpha_t, sigma_t) of equation (1); t = -1 means clean data, (1, 0)."""
         clean = t < 0
-        index = jnp.maximum(t, 0)
-        return (
-            jnp.where(clean, 1.0, self.sqrt_alphas_cumprod[index]),
-            jnp.where(clean, 0.0, self.sqrt_one_minus_alphas_cumprod[index]),
-        )
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            index = jnp.maximum(t, 0)
+            alpha, sigma = self.sqrt_alphas_cumprod[index], self.sqrt_one_minus_alphas_cumprod[index]
+        else:
+            logsnr = self.logsnr(t)
+            alpha, sigma = jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
+        return jnp.where(clean, 1.0, alpha), jnp.where(clean, 0.0, sigma)
 
-    def logsnr(self, t: Int[Array, "*S"]) -> Float[Array, "*S"]:
-        """Return equation (5); -inf where nothing of the image is left."""
-        return self.logsnrs[t]
+    def logsnr(self, t: Times) -> Float[Array, "*S"]:
+        """Return equation (5): inf for clean data, -inf where nothing of the image is left."""
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            inside = self.logsnrs[jnp.maximum(t, 0)]
+        else:
+            inside = jnp.interp(t, jnp.arange(self.num_train_timesteps, dtype=t.dtype), self.logsnrs)
+        return jnp.where(t < 0, jnp.inf, inside)
 
     def logsnr_slope(self, t: Int[Array, "*S"]) -> Float[Array, "*S"]:
         """Return the slope of equation (5) by central differences: how much logsnr one timestep stands for, times T."""
         return self.logsnr_slopes[t]
 
-    def noise_level(self, t: Int[Array, "*S"]) -> Float[Array, "*S"]:
-        """Return sigma_t / alpha_t, the noise level of EDM and k-diffusion (arXiv 2206.00364)."""
-        return jnp.exp(-0.5 * self.logsnrs[t])
+    def noise_level(self, t: Times) -> Float[Array, "*S"]:
+        """Return sigma_t / alpha_t, the noise level of EDM and k-diffusion (arXiv 2206.00364); 0 for clean data."""
+        return jnp.exp(-0.5 * self.logsnr(t))
+
+    def timestep_at(self, noise_level: Float[Array, "*S"]) -> Float[Array, "*S"]:
+        """Return the timestep of a noise level, the inverse of `noise_level`; levels outside the table are moved in."""
+        timesteps = jnp.arange(self.num_train_timesteps, dtype=self.logsnrs.dtype)
+        return jnp.interp(jnp.log(noise_level), -0.5 * self.logsnrs, timesteps)
 
 
 def make_schedule(
@@ -114,43 +126,3 @@ def check_prediction_type(schedule: NoiseSchedule, prediction_type: str) -> None
     """Raise ValueError for eps prediction where the last timestep holds no signal: there eps says nothing of x_0."""
     if prediction_type == "eps" and float(schedule.alphas_cumprod[-1]) == 0.0:
         raise ValueError("eps prediction is undefined at zero terminal SNR: predict v or x_0")
-
-
-def timestep_spacing(spacing: Spacing, num_steps: int, num_train_timesteps: int) -> Int[np.ndarray, "N"]:
-    """Return the timesteps a sampler visits, largest first (arXiv 2305.08891, table 2).
-
-    Args:
-      spacing: leading starts at 0 and leaves out the top; trailing holds T-1 and leaves out the bottom;
-        linspace holds both ends.
-      num_steps: N, 1 to T.
-      num_train_timesteps: T.
-
-    Raises:
-      ValueError: num_steps outside 1..T, or an unknown spacing.
-    """
-    if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(f"num_steps must lie in 1..{num_train_timesteps}, got {num_steps}")
-    steps = np.arange(num_steps)
-    if spacing == "leading":
-        timesteps = steps * (num_train_timesteps // num_steps)
-    elif spacing == "trailing":
-        timesteps = np.rint(num_train_timesteps - steps * (num_train_timesteps / num_steps))[::-1] - 1
-    elif spacing == "linspace":
-        timesteps = np.rint(np.linspace(0, num_train_timesteps - 1, num_steps))
-        if num_steps == 1:
-            timesteps[:] = num_train_timesteps - 1
-    else:
-        raise ValueError(f"unknown spacing {spacing!r}: choose leading, trailing or linspace")
-    return timesteps[::-1].astype(np.int32)
-
-
-def with_final(timesteps: Int[np.ndarray, "N"], final: int = -1) -> Int[np.ndarray, "N+1"]:
-    """Append where the last step ends: -1 for clean data, 0 for the first noisy timestep.
-
-    Raises:
-      ValueError: the list does not fall strictly.
-    """
-    walked = np.append(np.asarray(timesteps, np.int32), np.int32(final))
-    if np.any(np.diff(walked) >= 0):
-        raise ValueError(f"timesteps must fall strictly down to {final}, got {walked.tolist()}")
-    return walked

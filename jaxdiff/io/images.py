@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Num, UInt8
+from jaxtyping import Float, Num, UInt8
 from PIL import Image
 
 MAX_PIXELS = 16_000_000
@@ -24,6 +24,12 @@ def to_uint8(images: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Map [-1, 1] to 0..255, clipped and rounded to nearest: a wrapped byte costs a judge 23 points of accuracy."""
     scaled = np.clip(np.asarray(images, np.float32), -1.0, 1.0) * 127.5 + 127.5
     return np.rint(scaled).astype(np.uint8)
+
+
+def stretch_to_uint8(images: Float[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, "B H W C"]:
+    """Map each image's own least and greatest value, over all channels, to 0 and 255."""
+    low, high = images.min(axis=(1, 2, 3), keepdims=True), images.max(axis=(1, 2, 3), keepdims=True)
+    return np.rint((images - low) / np.where(high > low, high - low, 1.0) * 255).astype(np.uint8)
 
 
 def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:

@@ -19,8 +19,8 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.digit_captions import CLASS_NAMES
 from jaxdiff.io.folders import SUFFIXES, is_whole_number
 from jaxdiff.io.images import read_image
-from jaxdiff.io.pretrained_files import read_object
 from jaxdiff.io.prompts import clean_name
+from jaxdiff.io.strict_json import read_strict_json
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -122,7 +122,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     Raises:
       InputError: it is no such object, or a name is empty or stands there twice.
     """
-    values = read_object(path)
+    values = read_strict_json(path)
     wanted = [str(number) for number in range(len(values))]
     if not values or set(values) != set(wanted):
         wrong = sorted(set(values) - set(wanted)) or ["none"]

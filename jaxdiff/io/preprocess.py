@@ -17,7 +17,7 @@ from PIL import Image
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch
-from jaxdiff.io.pretrained_files import read_object
+from jaxdiff.io.strict_json import read_strict_json
 
 FILE, NEW_FILE = "preprocessor_config.json", "processor_config.json"
 """The second is where transformers 5 writes it, under `image_processor`."""
@@ -123,9 +123,9 @@ def read_preprocessor(name: str, fetch: Fetch, image_size: int) -> Preprocessor:
       InputError: no such file, or a value that cannot be followed; the message names it.
     """
     path = fetch(FILE)
-    values: Any = read_object(path) if path else None
+    values: Any = read_strict_json(path) if path else None
     if values is None and (path := fetch(NEW_FILE)):
-        values = read_object(path).get("image_processor")
+        values = read_strict_json(path).get("image_processor")
     if not isinstance(values, dict):
         raise InputError(
             f"{name}: has no {FILE}, so nothing says how its pictures are resized and normalized; copy it from where "

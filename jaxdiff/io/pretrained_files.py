@@ -10,13 +10,13 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch
+from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.torch_files import read_state_dict
 from jaxdiff.io.torch_layout import as_float32, from_torch, to_torch
 from jaxdiff.io.weights import (
     check_finite,
     check_specs,
     flatten_params,
-    parse_json,
     read_safetensors,
     spec_of,
     write_safetensors,
@@ -38,22 +38,7 @@ def read_config(name: str, fetch: Fetch) -> dict[str, Any]:
     path = fetch(CONFIG)
     if path is None:
         raise InputError(f"{name}: has no {CONFIG}; it should hold {CONFIG} and {SAFETENSORS} or {MSGPACK}")
-    return read_object(path)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-      InputError: it cannot be read, or is none.
-    """
-    try:
-        values = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold a JSON object, holds a {type(values).__name__}")
-    return values
+    return read_strict_json(path)
 
 
 def read_leaves(
@@ -91,7 +76,7 @@ def fetch_shards(fetch: Fetch) -> Path | None:
     """Return the index of a model that is split over several safetensors files, all of them fetched."""
     index = fetch(f"{SAFETENSORS}.index.json")
     if index is not None:
-        weight_map = read_object(index).get("weight_map")
+        weight_map = read_strict_json(index).get("weight_map")
         for file in sorted({str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else ()):
             # Of names with folders, the reader of the index tells what is wrong.
             if "/" not in file and "\\" not in file:

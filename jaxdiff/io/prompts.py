@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.pretrained_files import read_object
+from jaxdiff.io.strict_json import read_strict_json
 
 COURSE = "A photo of {}."
 
@@ -89,7 +89,7 @@ def read_descriptions(path: Path, class_names: Sequence[str]) -> list[list[str]]
     Raises:
       InputError: not such a file, a class is missing or unknown, or has no description.
     """
-    found: Mapping[str, object] = read_object(path)
+    found: Mapping[str, object] = read_strict_json(path)
     missing, unknown = [n for n in class_names if n not in found], [n for n in found if n not in class_names]
     if missing or unknown:
         fault = f"no descriptions of {missing[0]!r}" if missing else f"{unknown[0]!r} is no class of the images"

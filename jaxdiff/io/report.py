@@ -98,7 +98,7 @@ class Curve:
     def legend(self) -> list[tuple[str, str]]:
         """CSS classes and name of each line."""
         behind = int(self.raw_first and len(self.lines) > 1)
-        colours = [max(0, number - behind) % 4 for number in range(len(self.lines))]
+        colours = [max(0, number - behind) % 6 for number in range(len(self.lines))]
         faint = ["faint " if behind and number == 0 else "" for number in range(len(self.lines))]
         return [(f"{pale}line{colour}", name) for pale, colour, name in zip(faint, colours, self.lines)]
 

@@ -64,8 +64,12 @@ def _is_alike(old: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     return 2 * len(old.keys() & config.keys()) > len(config)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, flag: str = "--out") -> None:
     """Check, writing nothing, that a folder can be made or written, before anything long begins.
+
+    Args:
+      folder: as the user names it.
+      flag: by which the user names it.
 
     Raises:
       InputError: it cannot; what this misses, `make_folder` finds.
@@ -73,7 +77,7 @@ def check_writable(folder: Path) -> None:
     folder = folder.expanduser().absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise InputError(f"--out {folder}: cannot be written, because {nearest} is not a folder open to you")
+        raise InputError(f"{flag} {folder}: cannot be written, because {nearest} is not a folder open to you")
 
 
 def make_folder(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch
-from jaxdiff.io.pretrained_files import read_object
+from jaxdiff.io.strict_json import read_strict_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -135,17 +135,17 @@ def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int
       InputError: files are missing or damaged, or have more tokens than the model.
     """
     config = fetch("tokenizer_config.json")
-    settings = read_object(config) if config else {}
+    settings = read_strict_json(config) if config else {}
     added: dict[str, bool] = {}
     vocab_file, merges_file, whole_file = (fetch(file) for file in ("vocab.json", "merges.txt", "tokenizer.json"))
     if vocab_file and merges_file:
-        path, vocab, merges = vocab_file, read_object(vocab_file), read_merges(merges_file)
+        path, vocab, merges = vocab_file, read_strict_json(vocab_file), read_merges(merges_file)
         extra = fetch("added_tokens.json")
-        ids = read_object(extra) if extra else {}
+        ids = read_strict_json(extra) if extra else {}
         added = dict.fromkeys(sorted(ids, key=lambda token: ids[token]), True)
     elif whole_file:
         path = whole_file
-        vocab, merges, added = parse_whole(path, read_object(path))
+        vocab, merges, added = parse_whole(path, read_strict_json(path))
     else:
         raise InputError(f"{name}: has no tokenizer; it should hold vocab.json and merges.txt, or tokenizer.json")
     if not all(type(value) is int for value in vocab.values()):

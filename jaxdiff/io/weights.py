@@ -5,8 +5,8 @@ length and the JSON are checked here, because a hostile file could otherwise ask
 tensors of one name; the places of the tensors are checked by the safetensors package.
 """
 
-import json
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.strict_json import MAX_JSON_BYTES, parse_json, read_strict_json
 
-MAX_HEADER_BYTES = 2**25
-"""Most JSON that is parsed: the largest published models need a few megabytes."""
 MAX_NAMED = 8
 """Most tensor names that one message lists."""
 
@@ -72,17 +71,22 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 class ShardedTensors(Mapping[str, np.ndarray]):
-    """The tensors of a model that was split over several safetensors files, by name, as `TensorFile` gives them."""
+    """The tensors of a model that was split over several safetensors files, by name, as `TensorFile` gives them.
+
+    Attributes:
+      files: the files, in the order of their names.
+    """
 
     def __init__(self, index: Path):
         self.path = index
         weight_map = _read_index(index)
         shards = {file: TensorFile(index.parent / file) for file in sorted(set(weight_map.values()))}
+        self.files = [shard.path for shard in shards.values()]
         self._shards = {name: shards[file] for name, file in weight_map.items()}
-        listed, found = {*self._shards}, [name for shard in shards.values() for name in shard]
-        misplaced = {name for name, shard in self._shards.items() if name not in shard}
-        twice = {name for name in found if found.count(name) > 1} if len(set(found)) < len(found) else set()
-        if faults := list_faults(not_where_it_says=misplaced, not_listed=set(found) - listed, in_two_files=twice):
+        found = Counter(name for shard in shards.values() for name in shard)
+        misplaced = [name for name, shard in self._shards.items() if name not in shard]
+        unlisted, twice = found.keys() - self._shards.keys(), [name for name, times in found.items() if times > 1]
+        if faults := list_faults(not_where_it_says=misplaced, not_listed=unlisted, in_two_files=twice):
             raise InputError(f"{index}: does not fit its files ({faults}); download the folder again")
 
     @property
@@ -222,25 +226,6 @@ def list_faults(**faults: Collection[str]) -> str:
     )
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON in which no object has a name twice.
-
-    Raises:
-      ValueError: it is no such JSON.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-            raise ValueError(f"the name {twice[0]!r} stands there twice")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
 def _show(spec: Spec) -> str:
     return f"{spec[1]}[{', '.join(map(str, spec[0]))}]"
 
@@ -253,8 +238,8 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or 8 + length > size:
                 raise InputError(f"{path}: truncated, or not a safetensors file ({size:,} bytes); download it again")
-            if length > MAX_HEADER_BYTES:
-                raise InputError(f"{path}: a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
+            if length > MAX_JSON_BYTES:
+                raise InputError(f"{path}: a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} allowed")
             text = file.read(length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
@@ -264,7 +249,7 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are no text")
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        specs = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+        specs = {name: (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise InputError(f"{path}: its header cannot be read ({error}); download it again") from error
     if 8 + length + end > size:
@@ -277,19 +262,13 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return which file holds which tensor, having checked that all the files are there, beside the index."""
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise InputError(f"{path}: larger than the {MAX_HEADER_BYTES:,} bytes allowed")
-        weight_map = parse_json(path.read_bytes())["weight_map"]
-        files = set(weight_map.values())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not the index of a sharded model ({error}); download it again") from error
-    for file in files:
+    weight_map = read_strict_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: has no weight_map, so it is not the index of a sharded model")
+    for file in weight_map.values():
         if not isinstance(file, str) or not file.endswith(".safetensors") or {"/", "\\", "\0"} & set(file):
             raise InputError(f"{path}: names {file!r}, but may only name safetensors files beside itself")
-    if faults := list_faults(missing_beside_it={file for file in files if not (path.parent / file).is_file()}):
+    if faults := list_faults(missing_beside_it={f for f in weight_map.values() if not (path.parent / f).is_file()}):
         raise InputError(f"{path}: {faults}; download the folder again")
     return weight_map
 

@@ -56,15 +56,22 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width with a strided 3x3 convolution, padded by one pixel on every side."""
+    """Halve height and width with a strided 3x3 convolution.
+
+    Attributes:
+      padding: 1 for one pixel of zeros on every side, 0 for one at the bottom and one at the right.
+    """
 
     features: int
+    padding: int = 1
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images) -> Float[Array, "B h w D"]:
-        """Return features of half the height and width, rounded up."""
-        return Conv(self.features, strides=2, dtype=self.dtype, name="conv")(x)
+        """Return features of half the height and width, rounded up (with padding 0, down)."""
+        if self.padding == 0:
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+        return Conv(self.features, strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
 
 
 class Upsample(nn.Module):

@@ -28,6 +28,8 @@ class UNetConfig:
       layers_per_block: residual blocks of a down level; an up level has one more.
       attention: whether each level has attention after its residual blocks.
       attention_head_dim: channels of one attention head; None means a single head.
+      downsample_padding: zeros around the features before a strided convolution; 0 adds them at the bottom and the
+        right alone, as DDPM does.
       patch_size: pixels on a side that are folded into channels before the first convolution and back after the
         last (arXiv 2301.11093, section 3.3); 1 for none.
       scale_shift: how the embedding enters a residual block, see `ResnetBlock`.
@@ -46,6 +48,7 @@ class UNetConfig:
     dropout: float = 0.0
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
+    downsample_padding: int = 1
     patch_size: int = 1
     scale_shift: bool = False
     num_classes: int = 0
@@ -56,6 +59,16 @@ class UNetConfig:
             raise ValueError(
                 f"attention needs one entry a level: {len(self.attention)} given, {len(self.block_out_channels)} levels"
             )
+        counts = (self.in_channels, self.out_channels, self.layers_per_block, self.norm_num_groups, self.patch_size)
+        heads = 1 if self.attention_head_dim is None else self.attention_head_dim
+        if not self.block_out_channels or min(*counts, *self.block_out_channels, heads) < 1:
+            raise ValueError("levels, channels, layers, groups and patches must all number at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if not self.freq_shift < self.block_out_channels[0] // 2:
+            raise ValueError(f"freq_shift {self.freq_shift} is too large for {self.block_out_channels[0]} channels")
+        if self.downsample_padding not in (0, 1):
+            raise ValueError(f"downsample_padding must be 0 or 1, got {self.downsample_padding}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"{channels} channels do not split into {self.norm_num_groups} groups")
@@ -87,6 +100,32 @@ PRESETS: dict[str, dict] = {
     },
 }
 """Fields of `UNetConfig` by the name that `--preset` takes."""
+
+_DDPM = {
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1.0,
+    "downsample_padding": 0,
+}
+_DDPM_256 = {
+    **_DDPM,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "attention": (False, False, False, False, True, False),
+}
+PRETRAINED: dict[str, dict] = {
+    "ddpm-cifar10-32": {
+        **_DDPM,
+        "block_out_channels": (128, 256, 256, 256),
+        "attention": (False, True, False, False),
+    },
+    "ddpm-celebahq-256": _DDPM_256,
+    "ddpm-church-256": _DDPM_256,
+    "ddpm-bedroom-256": _DDPM_256,
+    "course-face": {**_DDPM_256, "norm_eps": 1e-5, "freq_shift": 0.0, "downsample_padding": 1},
+}
+"""Fields of `UNetConfig` by the name of published weights; the number in a name is the image size, else it is 256."""
 
 
 class UNet(nn.Module):
@@ -207,7 +246,7 @@ class DownBlock(Level):
                 x = self.attend(f"attentions_{i}")(x)
             pushed.append(x)
         if not self.last:
-            x = Downsample(self.channels, dtype=self.dtype, name="downsamplers_0")(x)
+            x = Downsample(self.channels, self.config.downsample_padding, self.dtype, name="downsamplers_0")(x)
             pushed.append(x)
         return x, pushed
 

@@ -133,6 +133,26 @@ def restore_trained(
 ) -> tuple[ConditionalModel, Any, Judge, Figures]:
     """Return model, EMA parameters, judge and the judge's figures of a finished or interrupted run.
 
+    Args and errors are those of `restore_model`.
+    """
+    model, params, step = restore_model(run, preset, dtype, diffusion, training, which, mesh)
+    config = ClassifierConfig(len(model.class_names), len(model.domain_names))
+    judge = load_judge(run, config, model.image_shape, mesh)
+    print(f"sampling step {step} of {training.train_steps}")
+    return model, params, judge, {"training.step": step, **read_json(run / JUDGE)["figures"]}
+
+
+def restore_model(
+    run: Path,
+    preset: str,
+    dtype: str,
+    diffusion: DiffusionSettings,
+    training: TrainingSettings,
+    which: str,
+    mesh: Mesh,
+) -> tuple[ConditionalModel, Any, int]:
+    """Return model, EMA parameters and step of a finished or interrupted run.
+
     Args:
       run: folder of train_cfg.
       preset: UNet of the run, and so on from its config.
@@ -143,15 +163,14 @@ def restore_trained(
       mesh: devices.
 
     Raises:
-      InputError: the run has no judge or no such checkpoint yet.
+      InputError: the run has no judge, which knows its classes and domains, or no such checkpoint yet.
     """
     if not (run / JUDGE).is_file():
         raise InputError(f"{run}: its judge is not trained yet; run train_cfg again, to the end")
     record = read_json(run / JUDGE)
-    class_names, domain_names = tuple(record["class_names"]), tuple(record["domain_names"])
     height, width, channels = record["image_shape"]
-    shape = height, width, channels
-    model = build_conditional_model(preset, dtype, diffusion, shape, class_names, domain_names)
+    names = tuple(record["class_names"]), tuple(record["domain_names"])
+    model = build_conditional_model(preset, dtype, diffusion, (height, width, channels), *names)
     optimizer, _ = optimizer_of(training)
     like = create_state(model.compile_init()(jax.random.key(0)), optimizer, jax.random.key(0), mesh)
     checkpoints = Checkpoints(run / "checkpoints")
@@ -162,9 +181,7 @@ def restore_trained(
     checkpoints.close()
     if restored is None:
         raise InputError(f"{run}: no checkpoint there yet; run train_cfg first")
-    judge = load_judge(run, ClassifierConfig(len(class_names), len(domain_names)), shape, mesh)
-    print(f"sampling step {restored[1]} of {training.train_steps}")
-    return model, restored[0].ema_params, judge, {"training.step": restored[1], **record["figures"]}
+    return model, restored[0].ema_params, restored[1]
 
 
 def optimizer_of(training: TrainingSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:

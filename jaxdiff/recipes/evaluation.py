@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
 from jaxdiff.diffusion.samplers import image_keys
-from jaxdiff.diffusion.schedule import timestep_spacing
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import to_uint8, write_png
 from jaxdiff.io.progress import progress_bar
@@ -22,7 +21,7 @@ from jaxdiff.io.runs import Figures
 from jaxdiff.mesh import round_up
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.judge import Judge, bootstrap_interval, recognise
-from jaxdiff.recipes.sampling import Sampler, make_sampler, sample_pixels
+from jaxdiff.recipes.sampling import Sampler, make_sampler, reverse_process, sample_pixels
 from jaxdiff.recipes.training import Stream, stream_key
 from jaxdiff.settings import SamplingSettings
 
@@ -112,9 +111,10 @@ def reverse_strips(
     _, trajectory = sampler(
         params, image_keys(stream_key(seed, Stream.SAMPLES), jnp.asarray(zeros)), Condition(zeros, domains)
     )
-    taken = np.unique(np.linspace(0, settings.num_steps, SNAPSHOTS).round().astype(int))
-    spaced = timestep_spacing(settings.spacing, settings.num_steps, model.schedule.num_train_timesteps)
-    labels = [f"{n}: t={spaced[n]}" if n < len(spaced) else f"{n}: clean" for n in taken]
+    process, timesteps = reverse_process(settings, model.schedule)
+    seen_at = np.asarray(process.plan(timesteps).seen_at)
+    taken = np.unique(np.linspace(0, len(seen_at), SNAPSHOTS).round().astype(int))
+    labels = [f"{n}: t={seen_at[n]:.0f}" if n < len(seen_at) else f"{n}: clean" for n in taken]
     strips = []
     for d, domain in enumerate(model.domain_names):
         x_t = np.asarray(trajectory.x_t)[:, d]
@@ -125,7 +125,7 @@ def reverse_strips(
             ["x_t", "predicted x_0"],
             labels,
             f"Reverse process, first {model.class_names[0]} of {domain}",
-            column_axis="reverse steps taken: timestep",
+            column_axis="evaluations of the network: timestep",
             style=GridStyle(cell=112, text=15),
         )
         strips.append(strip)

@@ -5,7 +5,6 @@ fold_in(key of the seed, i), never from its place in a batch.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,18 +13,34 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
+from jaxdiff.diffusion.edm import Euler, Heun
 from jaxdiff.diffusion.guidance import ConditionalDenoiser, Denoiser, chain_weights, guide, within_interval
-from jaxdiff.diffusion.prediction import Prediction, clip_x_0, to_prediction
-from jaxdiff.diffusion.samplers import ddim_step, ddpm_step, image_keys, sample, starting_noise
-from jaxdiff.diffusion.schedule import NoiseSchedule, timestep_spacing, with_final
+from jaxdiff.diffusion.multistep import PNDM, DPMSolverMultistep, UniPC
+from jaxdiff.diffusion.prediction import Prediction, clip_x_0, threshold_x_0, to_prediction
+from jaxdiff.diffusion.samplers import DDIM, DDPM, image_keys, sample, starting_noise
+from jaxdiff.diffusion.samplers import Sampler as ReverseProcess
+from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion.timesteps import Walk, timestep_spacing, with_final
 from jaxdiff.io.images import to_uint8
 from jaxdiff.mesh import put_batch, replicated
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.training import Stream, stream_key
-from jaxdiff.settings import SamplingSettings
+from jaxdiff.settings import SamplerName, SamplingSettings, Threshold
 
 Sampler = Callable[[Any, Any, Condition], Any]
 """(params, image keys, condition) -> images, or (images, trajectory)."""
+
+REVERSE_PROCESSES: dict[SamplerName, ReverseProcess] = {
+    "ddim": DDIM(),
+    "ddpm": DDPM(),
+    "euler": Euler(),
+    "heun": Heun(),
+    "dpm++2m": DPMSolverMultistep(),
+    "dpm++2m-sde": DPMSolverMultistep(stochastic=True),
+    "unipc": UniPC(),
+    "pndm": PNDM(),
+}
+"""By the name that `--sampler` takes."""
 
 
 def make_denoiser(model: ConditionalModel, params: Any) -> ConditionalDenoiser:
@@ -39,13 +54,16 @@ def make_denoiser(model: ConditionalModel, params: Any) -> ConditionalDenoiser:
     return denoise
 
 
-def clip_to_pixels(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
-    """Clip the clean image to [-1, 1], "static thresholding"; after guidance, which overshoots (arXiv 2205.11487)."""
+def keep_to_pixels(denoise: Denoiser, schedule: NoiseSchedule, threshold: Threshold) -> Denoiser:
+    """Bring the clean image back to [-1, 1]; after guidance, which overshoots (arXiv 2205.11487, section 2.3)."""
+    if threshold == "none":
+        return denoise
+    bring_back = clip_x_0 if threshold == "static" else threshold_x_0
 
-    def clipped(x_t: jax.Array, t: jax.Array) -> Prediction:
-        return clip_x_0(denoise(x_t, t), x_t, *schedule.alpha_sigma(t))
+    def kept(x_t: jax.Array, t: jax.Array) -> Prediction:
+        return bring_back(denoise(x_t, t), x_t, *schedule.alpha_sigma(t))
 
-    return clipped
+    return kept
 
 
 def guide_conditions(
@@ -67,16 +85,21 @@ def guide_conditions(
     return within_interval(guided, unguided, model.schedule, *settings.guidance_interval)
 
 
+def reverse_process(settings: SamplingSettings, schedule: NoiseSchedule) -> tuple[ReverseProcess, Walk]:
+    """Return how to sample, and the timesteps to visit, the end included."""
+    process = REVERSE_PROCESSES[settings.sampler] if settings.eta is None else DDIM(settings.eta)
+    return process, with_final(timestep_spacing(settings.spacing, settings.num_steps, schedule))
+
+
 def make_sampler(model: ConditionalModel, settings: SamplingSettings, mesh: Mesh, trajectory: bool = False) -> Sampler:
     """Return the jitted sampler; with `trajectory` it also returns every x_t and predicted x_0."""
-    spaced = timestep_spacing(settings.spacing, settings.num_steps, model.schedule.num_train_timesteps)
-    timesteps = with_final(spaced)
-    step = ddpm_step if settings.sampler == "ddpm" else partial(ddim_step, eta=settings.eta or 0.0)
+    process, timesteps = reverse_process(settings, model.schedule)
 
     def run(params: Any, keys: jax.Array, condition: Condition):
         guided = guide_conditions(model, make_denoiser(model, params), condition, settings)
+        kept = keep_to_pixels(guided, model.schedule, settings.threshold)
         x_T = starting_noise(keys, model.image_shape)
-        return sample(clip_to_pixels(guided, model.schedule), x_T, keys, model.schedule, timesteps, step, trajectory)
+        return sample(kept, x_T, keys, model.schedule, timesteps, process, trajectory)
 
     return jax.jit(run, out_shardings=replicated(mesh))
 
@@ -101,12 +124,18 @@ def sample_pixels(
       batch_size: images at once, a multiple of the number of devices.
       mesh: devices to split a batch over.
     """
-    for start in range(0, len(indices), batch_size):
-        chosen = np.arange(start, start + batch_size).clip(max=len(indices) - 1)
-        batch = put_batch(
-            (indices[chosen], Condition(condition.class_labels[chosen], condition.domain_labels[chosen])),
-            mesh,
-        )
-        keys = image_keys(stream_key(seed, Stream.SAMPLES), batch[0])
-        images = sampler(params, keys, batch[1])
-        yield to_uint8(np.asarray(images))[: len(indices) - start]
+    for (numbers, labels), count in in_batches((indices, condition), batch_size, mesh):
+        keys = image_keys(stream_key(seed, Stream.SAMPLES), numbers)
+        yield to_uint8(np.asarray(sampler(params, keys, labels)))[:count]
+
+
+def in_batches(arrays: Any, batch_size: int, mesh: Mesh) -> Iterator[tuple[Any, int]]:
+    """Yield parts of a tree of NumPy arrays, split over the devices, and how many of each part's images count.
+
+    All parts have `batch_size` images: the last one repeats its last image.
+    """
+    total = len(jax.tree.leaves(arrays)[0])
+    for start in range(0, total, batch_size):
+        chosen = np.arange(start, start + batch_size).clip(max=total - 1)
+        part = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], arrays)
+        yield put_batch(part, mesh), min(batch_size, total - start)

@@ -1,0 +1,90 @@
+"""From what the modes show to the files of ddim_grid: single pictures, grids, results.json and report.html."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxdiff.ddim_settings import ModeSettings
+from jaxdiff.errors import InputError
+from jaxdiff.io.images import write_png
+from jaxdiff.io.report import Figure, Report, write_report
+from jaxdiff.io.runs import Figures, read_json, write_results
+from jaxdiff.recipes.ddim_modes import (
+    Drawing,
+    FloatImages,
+    Shown,
+    show_etas,
+    show_images,
+    show_interpolations,
+    show_inversions,
+)
+from jaxdiff.recipes.sampler_comparison import show_steps
+
+HEADLINES = {
+    "interpolate.norm_at_0.5.lerp": ("{:.1f}", "norm of lerp's noise half-way"),
+    "interpolate.expected_norm": ("{:.1f}", "expected norm of a normal noise"),
+    "steps.rmse.ddim.50": ("{:.1f}", "grey levels of 255 between DDIM with 50 steps and the reference"),
+    "invert.round_trip_rmse.1": ("{:.1f}", "grey levels of 255 lost from picture to noise and back"),
+}
+"""Figures at the head of the page, where they are known: format and meaning."""
+
+
+def show(mode: str, drawing: Drawing, names: Sequence[str], noises: FloatImages, settings: ModeSettings) -> list[Shown]:
+    """Return what one mode, or every mode for "all", has to show; between two noises only where there are two.
+
+    Raises:
+      InputError: there are too few noises, or more steps than the noise schedule has.
+    """
+    if mode == "interpolate" and len(names) < 2:
+        raise InputError("--mode interpolate needs two noises, there is one")
+    makers = {
+        "images": lambda: show_images(drawing, names, noises),
+        "eta": lambda: show_etas(drawing, names, noises, settings.etas),
+        "interpolate": lambda: show_interpolations(drawing, names, noises, settings.alphas),
+        "steps": lambda: show_steps(drawing, names, noises, settings.step_counts, settings.reference_steps),
+        "invert": lambda: show_inversions(drawing, names, noises, settings.iterations),
+    }
+    wanted = [name for name in makers if mode in (name, "all") and (name != "interpolate" or len(names) > 1)]
+    return [makers[name]() for name in wanted]
+
+
+def write_all(
+    out: Path, drawing: Drawing, shown: Sequence[Shown], config: Mapping[str, Any], seconds: float
+) -> list[Path]:
+    """Write everything; return the paths, a folder for the single pictures of a mode."""
+    paths = []
+    for mode in shown:
+        # The pictures of the noises themselves are what is asked for; the rest would bury them.
+        folder = out if mode.mode == "images" else out / mode.mode
+        for name, pixels in mode.pictures.items():
+            write_png(folder / name, pixels)
+        write_png(out / f"grid_{mode.mode}.png", mode.grid)
+        paths += [folder, out / f"grid_{mode.mode}.png"]
+    figures: Figures = {name: value for mode in shown for name, value in mode.figures.items()}
+    figures["seconds"] = seconds
+    device = f"{drawing.mesh.size} x {drawing.mesh.devices.flat[0].device_kind}"
+    hashes = {"params": drawing.model.sha256}
+    results = write_results(out, figures, config, hashes, device)
+    return [*paths, results, write_page(out, drawing, shown, figures, read_json(results))]
+
+
+def write_page(
+    out: Path, drawing: Drawing, shown: Sequence[Shown], figures: Figures, record: Mapping[str, Any]
+) -> Path:
+    """Write report.html; `record` is what results.json says."""
+    facts = {
+        "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
+        "Timesteps": {"visited, largest first": ", ".join(f"{t:g}" for t in drawing.timesteps[:-1]),
+                      "end": "clean data" if drawing.timesteps[-1] < 0 else f"t = {drawing.timesteps[-1]:g}"},
+        "Config": record["config"],
+        "Versions": record["versions"],
+        "Hashes (SHA-256)": record["hashes"],
+    }  # fmt: skip
+    report = Report(
+        "What DDIM does",
+        f"Pictures of {drawing.model.title}, from noise, by denoising diffusion implicit models (arXiv 2010.02502).",
+        [Figure(form.format(figures[name]), text) for name, (form, text) in HEADLINES.items() if name in figures],
+        [mode.section for mode in shown],
+        {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
+    )
+    return write_report(out / "report.html", report)
