@@ -1,7 +1,12 @@
 """`python -m jaxdiff.zeroshot` as a user runs it, against transformers' torch CLIP on the same pictures."""
 
 import csv
+import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -32,7 +37,8 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     ids = vocabulary()
     ends = {"bos_token_id": ids["<|startoftext|>"], "eos_token_id": ids["<|endoftext|>"]}
-    twin = make_twin({"vocab_size": len(ids), "max_position_embeddings": 40, **ends})
+    small = {"num_hidden_layers": 1, "vocab_size": len(ids), "max_position_embeddings": 40, **ends}
+    twin = make_twin(small, {"num_hidden_layers": 1})
     twin.save_pretrained(folder)
     CLIPImageProcessorPil(size=20, crop_size=20).save_pretrained(folder)
     write_vocabulary(folder)
@@ -161,7 +167,7 @@ def test_several_models_make_one_table_and_unreadable_pictures_are_counted(tmp_p
 
 
 def test_tiny_digits_is_trained_once_and_read_like_any_model(tmp_path):
-    flags = ["--tiny-steps=2", f"--out={tmp_path / 'run'}", "--cases=1", "--template", "{}", "a {}", "--batch-size=512"]
+    flags = ["--tiny-steps=2", f"--out={tmp_path / 'run'}", "--cases=1", "--template", "{}", "a {}", "--devices=1"]
     first = run_here(zeroshot.main, *flags)
     assert first.code == 0, first.err
     assert "training tiny-digits" in first.out
@@ -213,3 +219,21 @@ def test_a_prompt_that_is_too_long_is_named_and_cut_on_request(tmp_path, checkpo
     assert "tokens, begin and end included, more than the 40 that the model reads" in answer.sentence
     assert "--truncate" in answer.sentence
     assert run_here(zeroshot.main, *flags, "--truncate").code == 0
+
+
+def test_help_is_quick_and_tells_every_flag_its_meaning_and_its_default():
+    code = (
+        "import atexit, sys; from jaxdiff import zeroshot\n"
+        "atexit.register(lambda: print([m for m in ('jax', 'numpy', 'PIL', 'tokenizers') if m in sys.modules]))\n"
+        "zeroshot.main(['--help'])"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.endswith("[]\n")
+    text = re.sub(r"[│╰╯─\s]+", " ", done.stdout)
+    for field in dataclasses.fields(zeroshot.Config):
+        default = field.default if not isinstance(field.default, tuple) else field.default[0]
+        flag = field.name.replace("_", "-")
+        meaning, shown = re.search(rf" --{flag},? (.*?)\(default: (.*?)\)", text).groups()
+        assert len(meaning.split()) > 3, field.name
+        assert str(default) in shown, field.name

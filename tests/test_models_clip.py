@@ -5,7 +5,9 @@ import pytest
 import torch
 from clip_twins import IDS, MASK, draw_pixels, make_pair
 from conftest import FLOAT32_ATOL
+from transformers import CLIPConfig, CLIPModel
 
+from jaxdiff import FlaxCLIPModel
 from jaxdiff.errors import InputError
 from jaxdiff.models.clip import end_positions
 from jaxdiff.models.clip_config import (
@@ -14,6 +16,8 @@ from jaxdiff.models.clip_config import (
     read_clip_config,
     tower_config,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
 
 # Similarities are cosines times exp(logit_scale), about 15 here.
 LOGITS_ATOL = 1e-4
@@ -107,8 +111,8 @@ def test_the_end_of_the_text_is_found_by_its_id(ids, eos_token_id, position):
 def test_bfloat16_stays_near_float32():
     _, model, params = make_pair()
     pixels = channels_last(draw_pixels(2))
-    exact = model.apply({"params": params}, IDS, pixels, MASK)
-    rounded = model.clone(dtype=jnp.bfloat16).apply({"params": params}, IDS, pixels, MASK)
+    exact = jax.jit(model.apply)({"params": params}, IDS, pixels, MASK)
+    rounded = jax.jit(model.clone(dtype=jnp.bfloat16).apply)({"params": params}, IDS, pixels, MASK)
     assert rounded[3].last_hidden_state.dtype == jnp.bfloat16
     assert rounded[0].dtype == jnp.float32
     # bfloat16 keeps 8 bits; two layers of a few operations each.
@@ -119,9 +123,10 @@ def test_bfloat16_stays_near_float32():
 def test_every_input_counts_alone():
     _, model, params = make_pair()
     pixels = channels_last(draw_pixels(3))
-    together = model.apply({"params": params}, IDS, pixels, MASK)
+    apply = jax.jit(model.apply)
+    together = apply({"params": params}, IDS, pixels, MASK)
     for i in range(3):
-        alone = model.apply({"params": params}, IDS[i : i + 1], pixels[i : i + 1], MASK[i : i + 1])
+        alone = apply({"params": params}, IDS[i : i + 1], pixels[i : i + 1], MASK[i : i + 1])
         for whole, part in zip(together[1:3], alone[1:3]):
             np.testing.assert_allclose(whole[i], part[0], atol=FLOAT32_ATOL)
 
@@ -160,3 +165,39 @@ def test_config_of_old_files():
 def test_a_config_of_another_network_is_refused_by_name(values, sentence):
     with pytest.raises(InputError, match=sentence):
         read_clip_config(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "vision", "projection_dim"),
+    [
+        ({}, {}, 512),
+        (
+            {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+            {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+            },
+            768,
+        ),
+    ],
+    ids=["ViT-B/32", "ViT-L/14"],
+)
+def test_full_size_models(tmp_path, text, vision, projection_dim):
+    torch.manual_seed(0)
+    twin = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim)).eval()
+    twin.save_pretrained(tmp_path)
+    model = FlaxCLIPModel.from_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    ids = np.stack([np.r_[BOS, rng.integers(0, 49000, n), [EOS] * (76 - n)] for n in (3, 20, 60)])
+    pixels = draw_pixels(2, 224)
+    with torch.no_grad():
+        theirs = twin(torch.from_numpy(ids), torch.from_numpy(pixels))
+        features = twin.get_image_features(torch.from_numpy(pixels)).pooler_output.numpy()
+    ours = model(ids, pixels)
+    for name in ("logits_per_image", "text_embeds", "image_embeds"):
+        np.testing.assert_allclose(ours[name], theirs[name].numpy(), atol=LOGITS_ATOL)
+    np.testing.assert_allclose(model.get_image_features(pixels), features, atol=LOGITS_ATOL)

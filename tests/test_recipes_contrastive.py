@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,8 @@ from jaxdiff.recipes.contrastive import (
     tiny_config,
     true_pairs,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,9 @@ def test_every_word_of_the_captions_is_one_token(tokenizer):
 
 def test_a_batch_on_eight_devices_has_the_loss_and_gradient_of_one(tokenizer):
     batch = make_batches(tokenizer, 16, seed=0)(0)
-    model = CLIP(tiny_config(len(caption_vocabulary()[0]), tokenizer.pad_id))
+    config = tiny_config(len(caption_vocabulary()[0]), tokenizer.pad_id)
+    towers = [dataclasses.replace(tower, num_hidden_layers=1) for tower in (config.text_config, config.vision_config)]
+    model = CLIP(dataclasses.replace(config, text_config=towers[0], vision_config=towers[1]))
     images = jnp.zeros((1, 16, 16, 3))
     params = jax.jit(model.init)(jax.random.key(0), batch.input_ids[:1], images)["params"]
     grads = jax.jit(jax.value_and_grad(make_contrastive_loss(model)))

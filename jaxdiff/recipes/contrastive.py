@@ -129,10 +129,8 @@ def train_tiny_clip(num_steps: int, seed: int, mesh: Mesh) -> tuple[CLIPConfig, 
     config = tiny_config(len(vocab), tokenizer.pad_id)
     model = CLIP(config)
     batch_at = make_batches(tokenizer, round_up(BATCH, mesh), seed)
-    first = batch_at(0)
-    params = model.init(
-        stream_key(seed, Stream.INITIAL), first.input_ids[:1], normalize_pixels(first.images[:1], PREPROCESSOR.table)
-    )["params"]
+    images = jnp.zeros((1, SIZE, SIZE, 3))
+    params = jax.jit(model.init)(stream_key(seed, Stream.INITIAL), batch_at(0).input_ids[:1], images)["params"]
     optimizer, _ = make_optimizer(2e-3, 50, num_steps, 0.05, 1.0)
     state = create_state(params, optimizer, stream_key(seed, Stream.TRAINING), mesh)
     train_step = make_train_step(make_contrastive_loss(model), optimizer, mesh, ema_decay=0.98)
