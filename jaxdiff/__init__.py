@@ -24,6 +24,14 @@ _HOMES = {
     "UNet": "models.unet",
     "UNetConfig": "models.unet",
     "load_pretrained_unet": "recipes.pretrained_unet",
+    "CLIPConfig": "models.clip_config",
+    "CLIPTextConfig": "models.clip_config",
+    "CLIPVisionConfig": "models.clip_config",
+    "FlaxCLIPModel": "recipes.pretrained",
+    "FlaxCLIPTextModel": "recipes.pretrained",
+    "FlaxCLIPTextModelWithProjection": "recipes.pretrained",
+    "FlaxCLIPVisionModel": "recipes.pretrained",
+    "FlaxCLIPVisionModelWithProjection": "recipes.pretrained",
 }
 """Public names and the modules they live in; importing jaxdiff alone imports none of them, nor jax."""
 

@@ -9,6 +9,7 @@ COMMANDS = {
     "train_cfg": "train a class- and domain-conditional diffusion model, sample it, judge it",
     "sample_cfg": "sample and judge a trained run again, with other guidance, steps or seeds",
     "ddim_grid": "show what DDIM does: etas, ways between noises, step counts, inversion",
+    "zeroshot": "classify pictures by the names of their classes alone, with CLIP",
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from jaxdiff import sample_cfg, train_cfg
+from jaxdiff import sample_cfg, train_cfg, zeroshot
 from jaxdiff.settings import as_flag
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -24,8 +24,9 @@ def test_every_flag_of_the_readme_exists():
         for name, value in vars(config).items():
             yield from flags(value) if hasattr(value, "__dataclass_fields__") else (as_flag(name),)
 
-    commands = {"train_cfg": set(flags(train_cfg.Config())), "sample_cfg": set(flags(sample_cfg.Config()))}
-    shown = re.findall(r"jaxdiff\.(train_cfg|sample_cfg)([^\n#`]*)", README)
+    modules = {"train_cfg": train_cfg, "sample_cfg": sample_cfg, "zeroshot": zeroshot}
+    commands = {name: set(flags(module.Config())) for name, module in modules.items()}
+    shown = re.findall(rf"jaxdiff\.({'|'.join(commands)})([^\n#`]*)", README)
     assert {command for command, _ in shown} == set(commands)
     for command, line in shown:
         assert set(re.findall(r"--[a-z-]+", line)) <= commands[command] | {"--help"}

@@ -60,7 +60,7 @@ def labelled_grid(
     style = style.enlarged(max(height, width))
     font, bold = ImageFont.load_default(style.text), ImageFont.load_default(style.title)
     pad = style.text // 2
-    names = [_shorten(name, font, 12 * style.text) for name in row_labels]
+    names = [shorten(name, font, 12 * style.text) for name in row_labels]
     left = style.margin + (style.text + pad if row_axis else 0) + int(max(map(font.getlength, names))) + pad
     top = style.margin + style.title + (style.text + pad) * (2 if column_axis else 1) + 2 * pad
     step_x, step_y = width + style.gap, height + style.gap
@@ -74,13 +74,13 @@ def labelled_grid(
     pen.text((style.margin, style.margin + style.title), title, INK, bold, anchor="ls")
     pen.text((centre, top - style.text - 2 * pad), column_axis, FAINT, font, anchor="ms")
     for j, name in enumerate(column_labels):
-        name = _shorten(name, font, step_x)
+        name = shorten(name, font, step_x)
         pen.text((left + j * step_x + width / 2, top - pad), name, INK, font, anchor="ms")
     for i, name in enumerate(names):
         pen.text((left - pad, top + i * step_y + height / 2), name, INK, font, anchor="rm")
     if row_axis:
         upright = Image.new("RGB", (high, style.text + pad), "white")
-        name = _shorten(row_axis, font, high)
+        name = shorten(row_axis, font, high)
         ImageDraw.Draw(upright).text((high / 2, upright.height / 2), name, FAINT, font, anchor="mm")
         canvas.paste(upright.rotate(90, expand=True), (style.margin - pad // 2, top))
     for number, picture in enumerate(pictures):
@@ -89,7 +89,7 @@ def labelled_grid(
     return np.asarray(canvas)
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Cut a text with an ellipsis so that it fits the width."""
     if font.getlength(text) <= width:
         return text

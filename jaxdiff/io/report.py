@@ -52,11 +52,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts by wanted class (row) and recognised class (column)."""
+    """Counts by wanted class (row) and recognised class (column); `rows` is what the rows are called."""
 
     counts: Int[np.ndarray, "K K"]
     names: Sequence[str]
     caption: str
+    rows: str = "asked for"
 
     def shade(self, row: int, column: int) -> str:
         """Strength of a cell's colour in [0, 1]: the square root of its share of the row, so that rare errors show."""

@@ -1,0 +1,196 @@
+"""CLIP's tokenizer: byte-pair encoding of lower-cased text between a begin and an end token (arXiv 2103.00020, 2.4).
+
+Built by the `tokenizers` library from vocab.json and merges.txt, or from tokenizer.json; its ids are those of
+transformers' CLIPTokenizer.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.hub import Fetch
+from jaxdiff.io.strict_json import read_strict_json
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""A piece of text that is encoded by itself: contractions, words, single digits, runs of other signs."""
+
+
+class Tokens(NamedTuple):
+    """Texts as a network reads them.
+
+    Attributes:
+      input_ids: one row a text, padded.
+      attention_mask: 1 for tokens, 0 for padding.
+    """
+
+    input_ids: Int[np.ndarray, "B L"]
+    attention_mask: Int[np.ndarray, "B L"]
+
+
+class CLIPTokenizer:
+    """From texts to token ids.
+
+    Attributes:
+      context_length: most tokens of a text, begin and end included.
+      pad_id: id of the padding.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        context_length: int = 77,
+        pad_token: str = END,
+        added_tokens: Mapping[str, bool] = MappingProxyType({}),
+    ):
+        """Build the tokenizer.
+
+        Args:
+          vocab: id of each token; words end in "</w>".
+          merges: pairs to join, the most urgent first.
+          context_length: most tokens of a text.
+          pad_token: what follows the end of a shorter text.
+          added_tokens: tokens with ids after those of `vocab`, found in texts before anything else is, and whether
+            they are looked for in the lower-cased text.
+
+        Raises:
+          InputError: the begin, end or padding token is not in the vocabulary, or a merge gives no token.
+        """
+        from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+        from tokenizers.models import BPE
+
+        missing = [token for token in (BEGIN, END) if token not in vocab]
+        if missing:
+            raise InputError(f"the vocabulary has no token {missing[0]}; is it another model's?")
+        try:
+            model = BPE(vocab, list(merges), end_of_word_suffix="</w>", unk_token=END, continuing_subword_prefix="")
+        except Exception as error:  # tokenizers raises bare exceptions
+            raise InputError(f"vocabulary and merges do not fit each other ({error})") from error
+        self._tokenizer = Tokenizer(model)
+        self._tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        self._tokenizer.post_processor = processors.RobertaProcessing(
+            sep=(END, vocab[END]), cls_token=(BEGIN, vocab[BEGIN]), trim_offsets=False, add_prefix_space=False
+        )
+        self._tokenizer.add_special_tokens([BEGIN, END])
+        self._tokenizer.add_tokens(
+            [AddedToken(token, normalized=lower) for token, lower in added_tokens.items() if token not in vocab]
+        )
+        pad_id = self._tokenizer.token_to_id(pad_token)
+        if pad_id is None:
+            raise InputError(f"the vocabulary has no padding token {pad_token!r}")
+        self.context_length, self.pad_id = context_length, pad_id
+
+    def __call__(self, texts: Sequence[str], truncate: bool = False, length: int | None = None) -> Tokens:
+        """Return the token ids of texts.
+
+        Args:
+          texts: at least one.
+          truncate: drop what is too long, but for the end token, instead of refusing it.
+          length: of all rows; None means that of the longest text.
+
+        Raises:
+          InputError: a text is longer than `context_length` and is not to be truncated; the message says which.
+        """
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        for text, row in zip(texts, rows):
+            if len(row) > self.context_length and not truncate:
+                raise InputError(
+                    f"the prompt {text!r} has {len(row)} tokens, begin and end included, more than the "
+                    f"{self.context_length} that the model reads: shorten it, or have it cut by --truncate"
+                )
+        rows = [row if len(row) <= self.context_length else [*row[: self.context_length - 1], row[-1]] for row in rows]
+        length = max(map(len, rows)) if length is None else length
+        ids = np.full((len(rows), length), self.pad_id, np.int32)
+        mask = np.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)], mask[number, : len(row)] = row, 1
+        return Tokens(ids, mask)
+
+
+def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int) -> CLIPTokenizer:
+    """Return a published model's tokenizer.
+
+    Args:
+      name: of the model, for messages.
+      fetch: from `open_model`.
+      context_length: positions of the model's text transformer.
+      vocab_size: rows of its token embedding.
+
+    Raises:
+      InputError: files are missing or damaged, or have more tokens than the model.
+    """
+    config = fetch("tokenizer_config.json")
+    settings = read_strict_json(config) if config else {}
+    added: dict[str, bool] = {}
+    vocab_file, merges_file, whole_file = (fetch(file) for file in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if vocab_file and merges_file:
+        path, vocab, merges = vocab_file, read_strict_json(vocab_file), read_merges(merges_file)
+        extra = fetch("added_tokens.json")
+        ids = read_strict_json(extra) if extra else {}
+        added = dict.fromkeys(sorted(ids, key=lambda token: ids[token]), True)
+    elif whole_file:
+        path = whole_file
+        vocab, merges, added = parse_whole(path, read_strict_json(path))
+    else:
+        raise InputError(f"{name}: has no tokenizer; it should hold vocab.json and merges.txt, or tokenizer.json")
+    if not all(type(value) is int for value in vocab.values()):
+        raise InputError(f"{path}: must give each token a number")
+    pad = settings.get("pad_token", END)
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    try:
+        tokenizer = CLIPTokenizer(vocab, merges, context_length, pad or END, added)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    largest = max(vocab.values()) + len([token for token in added if token not in vocab])
+    if largest >= vocab_size:
+        raise InputError(f"{path}: has token {largest}, but the model only knows 0..{vocab_size - 1}")
+    return tokenizer
+
+
+def parse_whole(path: Path, whole: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, bool]]:
+    """Return vocabulary, merges and added tokens of a tokenizer.json, having checked that it is a CLIP tokenizer's."""
+    try:
+        model = whole["model"]
+        if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
+            raise InputError(f"{path}: not a CLIP tokenizer, whose model is BPE with words that end in </w>")
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        added = sorted(whole.get("added_tokens", ()), key=lambda token: token["id"])
+        return dict(model["vocab"]), merges, {token["content"]: token["normalized"] for token in added}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a tokenizer of the `tokenizers` library ({error!r})") from error
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """Return the pairs of a merges.txt, which begins with a line about its version."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    if wrong := [pair for pair in pairs if len(pair) != 2]:
+        raise InputError(f"{path}: a line is {' '.join(wrong[0])!r}, but must hold two pieces")
+    return [(first, second) for first, second in pairs]
+
+
+def write_tokenizer(folder: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json, which transformers' CLIPTokenizer reads too."""
+    (folder / "vocab.json").write_text(json.dumps(dict(vocab)), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "bos_token": BEGIN, "eos_token": END, "pad_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "unk_token": END}))

@@ -1,0 +1,79 @@
+"""One network in two layouts: the state dict of a torch module, and the parameter tree of its linen twin.
+
+    linen leaf            torch name    torch axes
+    kernel (D F)          weight        (F D)
+    kernel (H W C D)      weight        (D C H W)
+    scale, embedding      weight        the same
+    bias and others       the same      the same
+
+Folders of the tree are parts of the name. The table is one-to-one, so it leads in both directions.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxdiff.io.weights import Spec, check_finite, check_specs, flatten_params, spec_of
+
+WEIGHT_LEAVES = ("kernel", "scale", "embedding")
+"""Leaves that torch calls `weight`."""
+WIDTHS = {np.dtype(kind).name for kind in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)}
+"""Types that a stored parameter may have; in memory all become float32."""
+
+
+def torch_name(name: str) -> str:
+    """Return what torch calls the leaf of a flattened tree."""
+    *folders, leaf = name.split(".")
+    return ".".join([*folders, "weight" if leaf in WEIGHT_LEAVES else leaf])
+
+
+def torch_axes(name: str, rank: int) -> tuple[int, ...]:
+    """Return for each axis of torch's tensor the axis of the leaf."""
+    if name.split(".")[-1] == "kernel":
+        return {2: (1, 0), 4: (3, 2, 0, 1)}[rank]
+    return tuple(range(rank))
+
+
+def from_torch(
+    origin: str, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], ignored: str, prefix: str = ""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each leaf of a tree, float32, under its flattened name, out of a state dict that must fit exactly.
+
+    Args:
+      origin: what error messages begin with.
+      tensors: by torch name; read one after another, and known by their `specs` where there are any.
+      expected: tree of leaves with `shape`.
+      ignored: regular expression of whole torch names that are no parameters of this model.
+      prefix: beginning of torch names that the state dict leaves out.
+
+    Raises:
+      InputError: tensors are missing, not expected, of another shape, not floating-point or not finite.
+    """
+    leaves = flatten_params(expected)
+    sources = {name: torch_name(name).removeprefix(prefix) for name in leaves}
+    wanted = {}
+    for name, leaf in leaves.items():
+        axes = torch_axes(name, len(leaf.shape))
+        wanted[sources[name]] = tuple(leaf.shape[axis] for axis in axes), "float32"
+    specs: Mapping[str, Spec] = getattr(tensors, "specs", None) or {n: spec_of(t) for n, t in tensors.items()}
+    found = {name: as_float32(spec) for name, spec in specs.items() if not re.fullmatch(ignored, name)}
+    check_specs(origin, found, wanted)
+    for name, leaf in leaves.items():
+        tensor = tensors[sources[name]]
+        check_finite(origin, sources[name], tensor)
+        axes = torch_axes(name, len(leaf.shape))
+        yield name, np.ascontiguousarray(tensor.transpose(np.argsort(axes)), np.float32).reshape(leaf.shape)
+
+
+def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the state dict of a tree."""
+    leaves = {name: np.asarray(leaf) for name, leaf in flatten_params(params).items()}
+    return {torch_name(name): leaf.transpose(torch_axes(name, leaf.ndim)) for name, leaf in leaves.items()}
+
+
+def as_float32(spec: Spec) -> Spec:
+    """Return the spec that a stored parameter has once it is read; what is no floating-point number keeps its own."""
+    return spec[0], "float32" if spec[1] in WIDTHS else spec[1]

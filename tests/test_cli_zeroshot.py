@@ -1,0 +1,239 @@
+"""`python -m jaxdiff.zeroshot` as a user runs it, against transformers' torch CLIP on the same pictures."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from clip_twins import make_twin
+from clip_vocabulary import vocabulary, write_vocabulary
+from commands import run_here
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
+from jaxdiff import zeroshot
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
+NAMES = ["red cat", "digit", "photo_of_it", "dog"]
+PER_CLASS = 4
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXDIFF_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder as transformers writes it, random weights."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    ids = vocabulary()
+    ends = {"bos_token_id": ids["<|startoftext|>"], "eos_token_id": ids["<|endoftext|>"]}
+    small = {"num_hidden_layers": 1, "vocab_size": len(ids), "max_position_embeddings": 40, **ends}
+    twin = make_twin(small, {"num_hidden_layers": 1})
+    twin.save_pretrained(folder)
+    CLIPImageProcessorPil(size=20, crop_size=20).save_pretrained(folder)
+    write_vocabulary(folder)
+    return folder, twin
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Real pictures, cut from photographs, in the course's flat layout."""
+    folder = tmp_path_factory.mktemp("pictures")
+    photos = load_sample_images().images
+    rng = np.random.default_rng(0)
+    for label in range(len(NAMES)):
+        for number in range(PER_CLASS):
+            photo = photos[rng.integers(2)]
+            height, width = rng.integers(30, 90, 2)
+            top, left = rng.integers(photo.shape[0] - height), rng.integers(photo.shape[1] - width)
+            Image.fromarray(photo[top : top + height, left : left + width]).save(folder / f"{label}_{number}.png")
+    return folder
+
+
+@pytest.fixture
+def labels(tmp_path):
+    (tmp_path / "id2label.json").write_text(json.dumps({str(n): name for n, name in enumerate(NAMES)}))
+    return tmp_path / "id2label.json"
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def torch_probabilities(checkpoint, pictures, templates):
+    folder, twin = checkpoint
+    tokenizer, processor = CLIPTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
+    weights = []
+    for name in NAMES:
+        inputs = tokenizer([text.format(name) for text in templates], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            embeds = twin.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+        embeds = (embeds / embeds.norm(dim=-1, keepdim=True)).mean(0)
+        weights.append(embeds / embeds.norm())
+    found = {}
+    for path in sorted(pictures.glob("*.png")):
+        pixels = torch.from_numpy(np.array(processor(Image.open(path), return_tensors="np")["pixel_values"]))
+        with torch.no_grad():
+            image = twin.get_image_features(pixels).pooler_output[0]
+            logits = twin.logit_scale.exp() * torch.stack(weights) @ (image / image.norm())
+        found[path.name] = dict(zip(NAMES, logits.softmax(0).tolist()))
+    return found
+
+
+@pytest.mark.parametrize("templates", [["A photo of {}."], ["a photo of {}", "{}!!", "the {}, it's of it"]])
+def test_answers_are_those_of_torch_picture_by_picture(tmp_path, checkpoint, pictures, labels, templates):
+    answer = run_here(
+        zeroshot.main,
+        f"--images={pictures}",
+        f"--labels={labels}",
+        f"--model={checkpoint[0]}",
+        f"--out={tmp_path / 'run'}",
+        "--template",
+        *templates,
+        "--cases=2",
+        "--compare-templates",
+    )
+    assert answer.code == 0, answer.err
+    names = {path.name for path in answer.written}
+    assert {"predictions.csv", "per_class.csv", "results.json", "report.html"} <= names
+    assert all(path.is_file() for path in answer.written)
+    wanted = torch_probabilities(checkpoint, pictures, templates)
+    rows = rows_of(tmp_path / "run" / "predictions.csv")
+    assert sorted(row["image"] for row in rows) == sorted(wanted)
+    correct = 0
+    for row in rows:
+        probabilities = wanted[row["image"]]
+        assert row["name_1"] == max(probabilities, key=probabilities.get)
+        for rank in range(1, 5):
+            # Four digits of a cosine times about 15.
+            assert float(row[f"probability_{rank}"]) == pytest.approx(probabilities[row[f"name_{rank}"]], abs=1e-3)
+        assert row["label"] == NAMES[int(row["image"].split("_")[0])]
+        correct += int(row["label"] == row["name_1"])
+        assert int(row["correct"]) == int(row["label"] == row["name_1"])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    model = str(checkpoint[0])
+    assert results[f"top1.{model}"] == correct / len(rows)
+    assert results[f"top5.{model}"] == 1.0
+    assert results[f"images.{model}"] == len(NAMES) * PER_CLASS
+    alone = torch_probabilities(checkpoint, pictures, templates[-1:])
+    right = sum(max(alone[n], key=alone[n].get) == NAMES[int(n.split("_")[0])] for n in alone)
+    assert results[f"template.{templates[-1]}.{model}"] == right / len(alone)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Pictures named by words" in page
+    assert sum(int(row["images"]) for row in rows_of(tmp_path / "run" / "per_class.csv")) == len(rows)
+
+
+def test_several_models_make_one_table_and_unreadable_pictures_are_counted(tmp_path, checkpoint, pictures, labels):
+    folder = tmp_path / "pictures"
+    for path in pictures.iterdir():
+        place = folder / NAMES[int(path.name[0])] / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(path.read_bytes())
+    (folder / "dog" / "broken.png").write_bytes(b"no picture")
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    for path in checkpoint[0].iterdir():
+        (twin / path.name).write_bytes(path.read_bytes())
+    answer = run_here(
+        zeroshot.main,
+        f"--images={folder}",
+        "--clean-names",
+        "--model",
+        str(checkpoint[0]),
+        str(twin),
+        "--dtype=bfloat16",
+        f"--out={tmp_path / 'run'}",
+    )
+    assert answer.code == 0, answer.err
+    assert answer.out.count("1 skipped") == 2
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results[f"top1.{checkpoint[0]}"] == results[f"top1.{twin}"]
+    assert results[f"skipped.{twin}"] == 1
+    assert len(list((tmp_path / "run").glob("predictions_*.csv"))) == 2
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "broken.png" in page
+    assert "photo of it" in page
+
+
+def test_tiny_digits_is_trained_once_and_read_like_any_model(tmp_path):
+    flags = ["--tiny-steps=2", f"--out={tmp_path / 'run'}", "--cases=1", "--template", "{}", "a {}", "--devices=1"]
+    first = run_here(zeroshot.main, *flags)
+    assert first.code == 0, first.err
+    assert "training tiny-digits" in first.out
+    second = run_here(zeroshot.main, *flags)
+    assert second.code == 0, second.err
+    assert "training tiny-digits" not in second.out
+    kept = {path.name for path in (tmp_path / "cache" / "tiny-digits-2").iterdir()}
+    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "preprocessor_config.json"} <= kept
+    assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_tiny_digits_names_digits_that_it_has_never_seen(tmp_path):
+    answer = run_here(zeroshot.main, f"--out={tmp_path / 'run'}", "--devices=1")
+    assert answer.code == 0, answer.err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["top1.tiny-digits"] > 0.85
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--images=/nowhere"], "--images /nowhere: no such folder or csv file; or give `digits`"),
+        (["--template", "a photo"], "--template 'a photo': must hold {} once, where the class name goes"),
+        (["--template", "{} {}"], "--template '{} {}': must hold {} once"),
+        (["--model", "a/b", "a/b"], "--model: give each model once"),
+        (["--model", "a/b", "c/d", "--revision=main"], "--revision goes with one --model, got several"),
+        (["--cases=0"], "--cases must be at least 1, got 0"),
+        (["--labels=x.json"], "--labels has no effect with --images digits: drop it"),
+        (["--descriptions=x.json", "--compare-templates"], "--compare-templates has no effect with --descriptions"),
+        (["--descriptions=x.json", "--template", "{}"], "--template has no effect with --descriptions"),
+        (["--model=./nowhere"], "--model ./nowhere: no such folder; give the folder of a model, or OWNER/NAME"),
+    ],
+)
+def test_a_flag_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    answer = run_here(zeroshot.main, *flags)
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+    assert sentence in answer.sentence
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_that_is_too_long_is_named_and_cut_on_request(tmp_path, checkpoint, pictures, labels):
+    flags = [f"--images={pictures}", f"--labels={labels}", f"--model={checkpoint[0]}", f"--out={tmp_path / 'run'}"]
+    flags += ["--template", "it " * 40 + "{}"]
+    answer = run_here(zeroshot.main, *flags)
+    assert answer.code == 2
+    assert "the prompt 'it it it" in answer.sentence
+    assert "tokens, begin and end included, more than the 40 that the model reads" in answer.sentence
+    assert "--truncate" in answer.sentence
+    assert run_here(zeroshot.main, *flags, "--truncate").code == 0
+
+
+def test_help_is_quick_and_tells_every_flag_its_meaning_and_its_default():
+    code = (
+        "import atexit, sys; from jaxdiff import zeroshot\n"
+        "atexit.register(lambda: print([m for m in ('jax', 'numpy', 'PIL', 'tokenizers') if m in sys.modules]))\n"
+        "zeroshot.main(['--help'])"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.endswith("[]\n")
+    text = re.sub(r"[│╰╯─\s]+", " ", done.stdout)
+    for field in dataclasses.fields(zeroshot.Config):
+        default = field.default if not isinstance(field.default, tuple) else field.default[0]
+        flag = field.name.replace("_", "-")
+        meaning, shown = re.search(rf" --{flag},? (.*?)\(default: (.*?)\)", text).groups()
+        assert len(meaning.split()) > 3, field.name
+        assert str(default) in shown, field.name

@@ -1,0 +1,108 @@
+import json
+
+import numpy as np
+import pytest
+from clip_vocabulary import vocabulary, write_vocabulary
+from transformers import CLIPTokenizer
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.hub import open_model
+from jaxdiff.io.tokenizer import read_tokenizer
+
+TEXTS = [
+    "a photo of a cat",
+    "A PHOTO of  the\tdigit\n3.",
+    "cat's don't we'll I'd they've",
+    "",
+    "café, naïve — “quotes” … ½ ﬁ",
+    "日本語 😀🎉!! ???",
+    "3.14159 = π",
+    "İstanbul ẞ",
+    "<|endoftext|> in the middle <|startoftext|>",
+]
+SIZE = len(vocabulary())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_vocabulary(tmp_path_factory.mktemp("tokenizer"))
+
+
+def read(folder, context_length=77, vocab_size=SIZE):
+    return read_tokenizer(str(folder), open_model(folder), context_length, vocab_size)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_ids_of_transformers(folder, text):
+    theirs = CLIPTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert len(theirs) > 1
+    np.testing.assert_array_equal(read(folder)([text]).input_ids, [theirs])
+
+
+def test_merges_are_used(folder):
+    ids = vocabulary()
+    wanted = [ids[token] for token in ("<|startoftext|>", "photo</w>", "of</w>", "cat</w>", "<|endoftext|>")]
+    assert read(folder)(["photo of cat"]).input_ids.tolist() == [wanted]
+
+
+def test_padding_and_truncation_of_transformers(folder):
+    theirs = CLIPTokenizer.from_pretrained(folder)(TEXTS, padding=True)
+    ours = read(folder)(TEXTS)
+    np.testing.assert_array_equal(ours.input_ids, theirs["input_ids"])
+    np.testing.assert_array_equal(ours.attention_mask, theirs["attention_mask"])
+    theirs = CLIPTokenizer.from_pretrained(folder)(TEXTS, padding="max_length", truncation=True, max_length=9)
+    ours = read(folder, context_length=9)(TEXTS, truncate=True, length=9)
+    np.testing.assert_array_equal(ours.input_ids, theirs["input_ids"])
+    np.testing.assert_array_equal(ours.attention_mask, theirs["attention_mask"])
+
+
+def test_a_prompt_that_is_too_long_is_named(folder):
+    with pytest.raises(InputError, match=r"the prompt 'cat cat cat' has 5 tokens, .* more than the 4 that the model"):
+        read(folder, context_length=4)(["cat", "cat cat cat"])
+
+
+def test_what_transformers_5_writes_with_new_tokens(tmp_path, folder):
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    theirs.add_tokens(["<new1>", "<new2>"])
+    theirs.save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+    text = "a <new2> cat beside <new1>s and <NEW1>"
+    ours = read(tmp_path, vocab_size=SIZE + 2)
+    np.testing.assert_array_equal(ours([text]).input_ids, [theirs(text)["input_ids"]])
+    assert SIZE + 1 in ours([text]).input_ids
+    with pytest.raises(InputError, match=f"has token {SIZE + 1}, but the model only knows 0..{SIZE - 1}"):
+        read(tmp_path)
+
+
+def test_added_tokens_of_older_versions_and_another_padding(tmp_path):
+    write_vocabulary(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<new2>": SIZE + 1, "<new1>": SIZE}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "!"}}))
+    ours = read(tmp_path, vocab_size=SIZE + 2)(["<new2> <new1>", "<new1>"])
+    pad = vocabulary()["!"]
+    assert ours.input_ids[:, 1:].tolist() == [[SIZE + 1, SIZE, SIZE - 1], [SIZE, SIZE - 1, pad]]
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"vocab.json": None, "tokenizer.json": None}, "has no tokenizer; it should hold vocab.json and merges.txt"),
+        ({"vocab.json": "[1]"}, "vocab.json: cannot be read .a list instead of an object"),
+        ({"vocab.json": '{"a": 1}'}, r"the vocabulary has no token <\|startoftext\|>"),
+        ({"vocab.json": '{"a": "b"}'}, "must give each token a number"),
+        ({"merges.txt": "#version: 0.2\na b c\n"}, "merges.txt: a line is 'a b c', but must hold two pieces"),
+        ({"merges.txt": "qq zz\n"}, "vocabulary and merges do not fit each other"),
+        ({"tokenizer_config.json": '{"pad_token": "<pad>"}'}, "the vocabulary has no padding token '<pad>'"),
+        ({"merges.txt": None, "tokenizer.json": '{"model": {"type": "Unigram"}}'}, "not a CLIP tokenizer"),
+        ({"merges.txt": None, "tokenizer.json": "{}"}, "not a tokenizer of the `tokenizers` library"),
+    ],
+)
+def test_files_that_are_no_clip_tokenizer_are_refused(tmp_path, files, sentence):
+    write_vocabulary(tmp_path)
+    for name, text in files.items():
+        if text is None:
+            (tmp_path / name).unlink(missing_ok=True)
+        else:
+            (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        read(tmp_path)
