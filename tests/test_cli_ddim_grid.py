@@ -13,7 +13,7 @@ from course_unet import CourseUNet
 from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image
 
-from jaxdiff import ddim_grid
+from jaxdiff import ddim_grid, sample_cfg
 from jaxdiff.ddim_settings import DrawingSettings
 from jaxdiff.diffusion.samplers import sample
 from jaxdiff.mesh import make_mesh
@@ -260,6 +260,11 @@ def test_things_that_do_not_fit_the_model(course, noises, finished_run, tmp_path
     other = shutil.copytree(noises, tmp_path / "noises")
     torch.save(torch.zeros(1, 3, 8, 8), other / "02.pt")
     refused(draw(weights, out, f"--noise={other}"), "02.pt: has the shape (1, 3, 8, 8)")
+
+
+def test_sample_cfg_points_to_ddim_grid_for_converted_weights(course, tmp_path):
+    answer = run_here(sample_cfg.main, f"--run={course[1]}", f"--out={tmp_path}")
+    refused(answer, "converted weights have no classes to judge; draw them with `python -m jaxdiff.ddim_grid")
 
 
 def test_beyond_the_two_noises_only_when_told(course, tmp_path):

@@ -106,6 +106,11 @@ def read_run(folder: Path, config_class: type) -> tuple[Path, Any]:
     if not (folder / CONFIG).is_file():
         raise InputError(f"--run {folder}: no {CONFIG} there; give the --out folder of a train_cfg run")
     flat = read_json(folder / CONFIG)
+    if "format" in flat:
+        raise InputError(
+            f"--run {folder}: converted weights have no classes to judge; draw them with "
+            f"`python -m jaxdiff.ddim_grid --weights {folder}`"
+        )
     try:
         if not _is_alike(flat, as_json(config_class())):
             raise InputError("most fields are missing")
