@@ -174,7 +174,8 @@ def test_tiny_digits_is_trained_once_and_read_like_any_model(tmp_path):
     second = run_here(zeroshot.main, *flags)
     assert second.code == 0, second.err
     assert "training tiny-digits" not in second.out
-    kept = {path.name for path in (tmp_path / "cache" / "tiny-digits-2").iterdir()}
+    (folder,) = (tmp_path / "cache").glob("tiny-digits-2-*")
+    kept = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "preprocessor_config.json"} <= kept
     assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 1
 

@@ -199,6 +199,8 @@ def test_saved_models_come_back(tmp_path, model, published):
     again = FlaxCLIPModel.from_pretrained(tmp_path / "flax")
     assert again.config == model.config
     np.testing.assert_array_equal(similarities(again), similarities(model))
+    with pytest.raises(InputError, match=r"holds a flax_model.msgpack, which would be read instead"):
+        model.save_pretrained(tmp_path / "flax", safe_serialization=True)
     model.save_pretrained(tmp_path / "torch", safe_serialization=True)
     twin = CLIPModel.from_pretrained(tmp_path / "torch")
     wanted = published[1].state_dict()

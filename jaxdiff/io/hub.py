@@ -67,7 +67,9 @@ def fetch_from_hub(name: str, file: str, revision: str | None, subfolder: str, o
     except errors.RemoteEntryNotFoundError:
         return None
     except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
-        if file != EVERY_MODEL_HAS and isinstance(error, errors.LocalEntryNotFoundError):
+        # Elsewhere the hub was asked, and failed to answer.
+        offline = options.get("local_files_only") and isinstance(error, errors.LocalEntryNotFoundError)
+        if offline and file != EVERY_MODEL_HAS:
             return None
         pinned = f" --revision {revision}" if revision else ""
         raise InputError(

@@ -120,6 +120,8 @@ def write_leaves(folder: Path, params: Mapping[str, Any], safe_serialization: bo
         Flax classes both read, instead of `flax_model.msgpack`.
     """
     if safe_serialization:
+        if (folder / MSGPACK).exists():
+            raise InputError(f"{folder}: holds a {MSGPACK}, which would be read instead of {SAFETENSORS}: remove it")
         path = folder / SAFETENSORS
         write_safetensors(path, to_torch(params), {"format": "pt"})
         return path

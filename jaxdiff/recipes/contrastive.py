@@ -7,6 +7,7 @@
 are true of an image; (2) lets all of them count, as UniCL does (arXiv 2204.03610, equation 3).
 """
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,9 @@ def tiny_digits_folder(cache: Path, num_steps: int, mesh: Mesh) -> Path:
 
     It holds what a published model's folder holds, so it is read like one.
     """
-    folder = cache / f"tiny-digits-{num_steps}"
+    recipe = repr((tiny_config(1, 0), CAPTIONS, BATCH, PREPROCESSOR))
+    # Another recipe is another model, which must not be taken for this one.
+    folder = cache / f"tiny-digits-{num_steps}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if (folder / FILE).is_file():
         return folder
     print(f"training tiny-digits, a small CLIP of the embedded digits, {num_steps} steps, once; kept in {folder}")

@@ -127,6 +127,9 @@ class FlaxPreTrainedModel:
           folder: made where it is missing.
           params: other parameters than the model's own.
           safe_serialization: write model.safetensors, which PyTorch classes read too, instead of flax_model.msgpack.
+
+        Raises:
+          InputError: model.safetensors is to stand beside a flax_model.msgpack, which would be read instead of it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
