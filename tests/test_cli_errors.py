@@ -93,7 +93,10 @@ def test_a_flag_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, flags
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--sampler=nope"], "invalid choice 'nope' for argument '--sampler'. Expected one of ('ddim', 'ddpm')."),
+        (
+            ["--sampler=nope"],
+            "invalid choice 'nope' for argument '--sampler'. Expected one of ('ddim', 'ddpm', 'euler',",
+        ),
         (["--seed=x"], "Error parsing --seed: invalid literal for int()"),
         (["--nope=3"], "Unrecognized options: --nope"),
         (["--out"], "Missing value for argument '--out'."),

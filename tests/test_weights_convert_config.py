@@ -63,7 +63,10 @@ def test_schedulers_in_our_words(tmp_path, scheduler, diffusion, sampling):
         ({"sigma_data": 0.5}, "sigma_data is 0.5, but jaxdiff does not know this key"),
         ({"_class_name": "DDIMScheduler", "set_alpha_to_one": "no"}, "set_alpha_to_one is 'no', not bool"),
         ({"set_alpha_to_one": False}, "set_alpha_to_one is False, but jaxdiff does not know this key"),
-        ({"timestep_spacing": "karras"}, "spacing is 'karras', not one of 'leading', 'trailing', 'linspace'"),
+        (
+            {"timestep_spacing": "karras"},
+            "timestep_spacing is 'karras'; jaxdiff only has 'leading', 'trailing', 'linspace'",
+        ),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps is '1000', not int"),
         ({"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000, not in 1..100000"),
         ({"beta_end": 2.0}, "betas need 0 < beta_start <= beta_end < 1"),

@@ -133,6 +133,7 @@ def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults]:
         given.pop(name, None)
     fields = {"clip_sample": False, "clip_sample_range": 1.0, "rescale_betas_zero_snr": False, "set_alpha_to_one": True}
     fields |= _with_defaults(path, given, SCHEDULER_DEFAULTS[kind], SCHEDULER_FIXED)
+    spacing = _look_up(path, "timestep_spacing", fields, {name: name for name in ("leading", "trailing", "linspace")})
     if fields["clip_sample"] and fields["clip_sample_range"] != 1:
         raise InputError(f"{path}: clip_sample_range is {fields['clip_sample_range']!r}; jaxdiff only has 1")
     diffusion = {
@@ -146,7 +147,7 @@ def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults]:
     try:
         ends_clean = decode(bool, fields["set_alpha_to_one"], "set_alpha_to_one")
         sampling = {
-            "spacing": fields["timestep_spacing"],
+            "spacing": spacing,
             "steps_offset": fields["steps_offset"],
             "final": -1 if ends_clean else 0,
             "clip": fields["clip_sample"],
