@@ -5,6 +5,7 @@ Down levels push every output on a stack; up levels concatenate them back, newes
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxdiff.models.attention import AttentionBlock
 from jaxdiff.models.convolution import Conv
 from jaxdiff.models.embeddings import ConditionEmbedding, TimestepEmbedding, sinusoidal_embedding
+from jaxdiff.models.levels import DownBlock, MidBlock, UpBlock
 from jaxdiff.models.normalization import GroupNorm
 from jaxdiff.models.resnet import Downsample, ResnetBlock, Upsample
 from jaxdiff.shapes import Images, Labels, Timesteps
@@ -143,18 +145,36 @@ class UNet(nn.Module):
             self.class_embedding = ConditionEmbedding(cfg.num_classes, 4 * top, dtype=self.dtype)
         if cfg.num_domains:
             self.domain_embedding = ConditionEmbedding(cfg.num_domains, 4 * top, dtype=self.dtype)
-        levels = list(zip(cfg.block_out_channels, cfg.attention))
+        levels = list(zip(cfg.block_out_channels, map(self._make_resnet, cfg.block_out_channels), cfg.attention))
+        attention = partial(AttentionBlock, cfg.attention_head_dim, cfg.norm_num_groups, cfg.norm_eps, dtype=self.dtype)
         self.down_blocks = [
-            DownBlock(cfg, channels, has_attention, last=i == len(levels) - 1, dtype=self.dtype)
-            for i, (channels, has_attention) in enumerate(levels)
+            DownBlock(
+                cfg.layers_per_block,
+                resnet,
+                attention if attends else None,
+                partial(Downsample, channels, cfg.downsample_padding, self.dtype) if i < len(levels) - 1 else None,
+            )
+            for i, (channels, resnet, attends) in enumerate(levels)
         ]
-        self.mid_block = MidBlock(cfg, levels[-1][0], dtype=self.dtype)
+        self.mid_block = MidBlock(levels[-1][1], attention)
         self.up_blocks = [
-            UpBlock(cfg, channels, has_attention, last=i == len(levels) - 1, dtype=self.dtype)
-            for i, (channels, has_attention) in enumerate(reversed(levels))
+            UpBlock(
+                cfg.layers_per_block + 1,
+                resnet,
+                attention if attends else None,
+                partial(Upsample, channels, self.dtype) if i < len(levels) - 1 else None,
+            )
+            for i, (channels, resnet, attends) in enumerate(reversed(levels))
         ]
         self.conv_norm_out = GroupNorm(cfg.norm_num_groups, epsilon=cfg.norm_eps, activation="silu", dtype=self.dtype)
         self.conv_out = Conv(cfg.out_channels * cfg.patch_size**2, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+
+    def _make_resnet(self, channels: int) -> partial:
+        """Return what makes the residual blocks of a level."""
+        cfg = self.config
+        return partial(
+            ResnetBlock, channels, cfg.norm_num_groups, cfg.norm_eps, cfg.dropout, cfg.scale_shift, dtype=self.dtype
+        )
 
     def __call__(
         self,
@@ -203,76 +223,3 @@ class UNet(nn.Module):
             if labels is not None:
                 embedding = embedding + getattr(self, f"{name}_embedding")(labels)
         return embedding
-
-
-class Level(nn.Module):
-    """What the blocks of one level share: the config, the width, and how to make a residual block."""
-
-    config: UNetConfig
-    channels: int
-    has_attention: bool = True
-    last: bool = False
-    dtype: DTypeLike = jnp.float32
-
-    def resnet(self, name: str) -> ResnetBlock:
-        """Make one residual block of this level."""
-        cfg = self.config
-        return ResnetBlock(
-            self.channels,
-            cfg.norm_num_groups,
-            cfg.norm_eps,
-            cfg.dropout,
-            cfg.scale_shift,
-            dtype=self.dtype,
-            name=name,
-        )
-
-    def attend(self, name: str) -> AttentionBlock:
-        """Make one attention block of this level."""
-        cfg = self.config
-        return AttentionBlock(cfg.attention_head_dim, cfg.norm_num_groups, cfg.norm_eps, dtype=self.dtype, name=name)
-
-
-class DownBlock(Level):
-    """Residual blocks, then a downsampling in all levels but the last."""
-
-    @nn.compact
-    def __call__(self, x, embedding, train: bool):
-        """Return the features and everything that the up path will want back."""
-        pushed = []
-        for i in range(self.config.layers_per_block):
-            x = self.resnet(f"resnets_{i}")(x, embedding, train)
-            if self.has_attention:
-                x = self.attend(f"attentions_{i}")(x)
-            pushed.append(x)
-        if not self.last:
-            x = Downsample(self.channels, self.config.downsample_padding, self.dtype, name="downsamplers_0")(x)
-            pushed.append(x)
-        return x, pushed
-
-
-class MidBlock(Level):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    @nn.compact
-    def __call__(self, x, embedding, train: bool):
-        """Return features of the same shape."""
-        x = self.resnet("resnets_0")(x, embedding, train)
-        x = self.attend("attentions_0")(x)
-        return self.resnet("resnets_1")(x, embedding, train)
-
-
-class UpBlock(Level):
-    """Residual blocks, each fed one skip, then an upsampling in all levels but the last."""
-
-    @nn.compact
-    def __call__(self, x, skips: list, embedding, train: bool):
-        """Return the features; `skips` are what the down path pushed for this level, newest last."""
-        for i, skip in enumerate(reversed(skips)):
-            x = jnp.concatenate([x, skip], axis=-1)
-            x = self.resnet(f"resnets_{i}")(x, embedding, train)
-            if self.has_attention:
-                x = self.attend(f"attentions_{i}")(x)
-        if not self.last:
-            x = Upsample(self.channels, dtype=self.dtype, name="upsamplers_0")(x)
-        return x
