@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py digits      # training and guided sampling of the digits' UNet
     python scripts/benchmark.py ddim        # DDIM at 32x32, and the face network at 256x256
+    python scripts/benchmark.py clip        # CLIP's encoders, and folders of pictures
 
 All candidates of a comparison are timed in turn, over and over, and medians are compared, so that a machine whose speed
 drifts slows all sides alike.
@@ -12,14 +13,19 @@ import os
 import sys
 from dataclasses import asdict
 
+import benchmark_clip
 import benchmark_ddim
 import benchmark_digits
 import tyro
 
 from jaxdiff.command import keep_freed_memory
 
-BENCHMARKS = {"digits": benchmark_digits.Digits, "ddim": benchmark_ddim.Faces}
-COMPARE = {benchmark_digits.Digits: benchmark_digits.compare, benchmark_ddim.Faces: benchmark_ddim.compare}
+BENCHMARKS = {"digits": benchmark_digits.Digits, "ddim": benchmark_ddim.Faces, "clip": benchmark_clip.Clip}
+COMPARE = {
+    benchmark_digits.Digits: benchmark_digits.compare,
+    benchmark_ddim.Faces: benchmark_ddim.compare,
+    benchmark_clip.Clip: benchmark_clip.compare,
+}
 
 
 def main() -> int:
@@ -32,13 +38,14 @@ def main() -> int:
     import diffusers
     import jax
     import torch
+    import transformers
 
     torch.set_num_threads(config.threads)
     results = COMPARE[type(config)](config)
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "results.json"
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
-    versions = {library.__name__: library.__version__ for library in (jax, torch, diffusers)}
+    versions = {library.__name__: library.__version__ for library in (jax, torch, diffusers, transformers)}
     path.write_text(json.dumps({**results, "config": settings, "versions": versions}, indent=2) + "\n")
     print(f"\nWritten:\n  {path}")
     return 0

@@ -5,14 +5,12 @@ CPU both compute in float32; where JAX has an accelerator, jaxdiff alone is meas
 product peak of the same run.
 """
 
-import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import Settings, Task, measure
+from measuring import Settings, Task, bfloat16_peak, measure, seconds_of
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,7 @@ def on_accelerator(config: Faces) -> dict[str, Any]:
     params = jax.jit(network.init)(jax.random.key(config.seed), jnp.zeros((1, 256, 256, 3)), jnp.zeros(1, jnp.int32))
     schedule = make_schedule("linear")
     timesteps = with_final(timestep_spacing("leading", 50, schedule))
-    square = jnp.ones((8192, 8192), jnp.bfloat16)
-    product = jax.jit(jnp.dot)
-    peak = 2 * 8192**3 / seconds_of(lambda: product(square, square), 20)
+    peak = bfloat16_peak()
     # An evaluation's operations, from the compiler.
     one = jax.jit(network.apply).lower(params, jnp.zeros((1, 256, 256, 3)), jnp.zeros(1, jnp.int32)).compile()
     flops = 50 * one.cost_analysis()["flops"]
@@ -204,16 +200,3 @@ def on_accelerator(config: Faces) -> dict[str, Any]:
             f"DDIM-50 at 256x256, bfloat16, batch {batch}: {rate:.2f} images/s, {rate * flops / peak:.0%} of the peak"
         )
     return results
-
-
-def seconds_of(call, repeats: int) -> float:
-    """Return the median seconds of a call that returns arrays, after one to warm up."""
-    import jax
-
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

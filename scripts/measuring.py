@@ -59,3 +59,25 @@ def matmul_peak(repeats: int) -> dict[str, float]:
         for name, rate in measure(tasks, repeats).items():
             best[name] = max(best[name], rate / 1e9)
     return best
+
+
+def seconds_of(call, repeats: int) -> float:
+    """Return the median seconds of a call that returns arrays, after one to warm up."""
+    import jax
+
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def bfloat16_peak() -> float:
+    """Return the operations a second of large square bfloat16 matrix products on JAX's device."""
+    import jax
+    import jax.numpy as jnp
+
+    square, product = jnp.ones((8192, 8192), jnp.bfloat16), jax.jit(jnp.dot)
+    return 2 * 8192**3 / seconds_of(lambda: product(square, square), 20)
