@@ -32,6 +32,9 @@ _HOMES = {
     "FlaxCLIPTextModelWithProjection": "recipes.pretrained",
     "FlaxCLIPVisionModel": "recipes.pretrained",
     "FlaxCLIPVisionModelWithProjection": "recipes.pretrained",
+    "FlaxUNet2DConditionModel": "recipes.pretrained_diffusion",
+    "FlaxAutoencoderKL": "recipes.pretrained_diffusion",
+    "FlaxStableDiffusionPipeline": "recipes.pretrained_pipeline",
 }
 """Public names and the modules they live in; importing jaxdiff alone imports none of them, nor jax."""
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import flatten_params, spec_of, unflatten_params
 from jaxdiff.models.unet import PRETRAINED, UNetConfig
+from jaxdiff.recipes.diffusers_config import translate_scheduler
 from jaxdiff.recipes.pretrained_unet import (
     CONFIG,
     FORMAT,
@@ -26,7 +27,7 @@ from jaxdiff.recipes.pretrained_unet import (
     save_pretrained_unet,
     unet_shapes,
 )
-from weights_convert.diffusers_config import translate_scheduler, translate_unet
+from weights_convert.diffusers_config import translate_unet
 from weights_convert.output import check_output
 from weights_convert.rules import Rule, convert
 from weights_convert.source import digest, find_source, find_weights, read_tensors
@@ -69,7 +70,7 @@ def convert_folder(name: str, folder: Path) -> tuple[dict[str, Any], PretrainedC
     unet, image_size = translate_unet(model / "config.json")
     schedulers = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
     found = [path for path in schedulers if path.is_file()]
-    diffusion, sampling = translate_scheduler(found[0]) if found else (ForwardProcess(), SamplingDefaults())
+    diffusion, sampling, _ = translate_scheduler(found[0]) if found else (ForwardProcess(), SamplingDefaults(), None)
     if not found:
         print(f"{name}: no scheduler_config.json, so schedule and sampling are set as in DDPM (arXiv 2006.11239)")
     weights = find_weights(model, WEIGHTS_OF_DIFFUSERS)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
@@ -23,13 +23,26 @@ from jaxdiff.io.weights import (
 )
 
 CONFIG = "config.json"
-MSGPACK, SAFETENSORS, TORCH = "flax_model.msgpack", "model.safetensors", "pytorch_model.bin"
+
+
+class FileNames(NamedTuple):
+    """What a library calls the files of a model's parameters."""
+
+    msgpack: str
+    safetensors: str
+    torch: str
+
+
+TRANSFORMERS = FileNames("flax_model.msgpack", "model.safetensors", "pytorch_model.bin")
+DIFFUSERS = FileNames(
+    "diffusion_flax_model.msgpack", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+)
 
 Leaves = Iterator[tuple[str, np.ndarray]]
 """Flattened name and value of each parameter, float32, in no order."""
 
 
-def read_config(name: str, fetch: Fetch) -> dict[str, Any]:
+def read_config(name: str, fetch: Fetch, files: FileNames = TRANSFORMERS) -> dict[str, Any]:
     """Return what a model's config.json says.
 
     Raises:
@@ -37,12 +50,18 @@ def read_config(name: str, fetch: Fetch) -> dict[str, Any]:
     """
     path = fetch(CONFIG)
     if path is None:
-        raise InputError(f"{name}: has no {CONFIG}; it should hold {CONFIG} and {SAFETENSORS} or {MSGPACK}")
+        raise InputError(f"{name}: has no {CONFIG}; it should hold {CONFIG} and {files.safetensors} or {files.msgpack}")
     return read_strict_json(path)
 
 
 def read_leaves(
-    name: str, fetch: Fetch, expected: Mapping[str, Any], ignored: str, prefix: str = "", from_pt: bool = False
+    name: str,
+    fetch: Fetch,
+    expected: Mapping[str, Any],
+    ignored: str,
+    prefix: str = "",
+    from_pt: bool = False,
+    files: FileNames = TRANSFORMERS,
 ) -> Leaves:
     """Yield a model's parameters out of the first of its files that is there: msgpack, safetensors, torch.
 
@@ -53,28 +72,29 @@ def read_leaves(
       ignored: regular expression of names in the file that belong to no leaf of the tree.
       prefix: beginning of names that files of torch may leave out.
       from_pt: pass over msgpack.
+      files: what the model's library calls them.
 
     Raises:
       InputError: no such file, a damaged one, or another model's.
     """
-    if not from_pt and (path := fetch(MSGPACK)):
+    if not from_pt and (path := fetch(files.msgpack)):
         return check_leaves(str(path), flatten_params(read_msgpack(path)), expected, ignored)
-    if path := fetch(SAFETENSORS) or fetch_shards(fetch):
+    if path := fetch(files.safetensors) or fetch_shards(fetch, files):
         tensors: Mapping[str, np.ndarray] = read_safetensors(path)
         if getattr(tensors, "metadata", {}).get("format") == "flax":
             return check_leaves(str(path), tensors, expected, ignored)
-    elif path := fetch(TORCH):
+    elif path := fetch(files.torch):
         tensors = read_state_dict(path)
     else:
-        raise InputError(f"{name}: holds no weights; looked for {MSGPACK}, {SAFETENSORS} and {TORCH}")
+        raise InputError(f"{name}: holds no weights; looked for {', '.join(files)}")
     if any(key.startswith(prefix) for key in tensors):
         prefix = ""
     return from_torch(str(path), tensors, expected, ignored, prefix)
 
 
-def fetch_shards(fetch: Fetch) -> Path | None:
+def fetch_shards(fetch: Fetch, files: FileNames) -> Path | None:
     """Return the index of a model that is split over several safetensors files, all of them fetched."""
-    index = fetch(f"{SAFETENSORS}.index.json")
+    index = fetch(f"{files.safetensors}.index.json")
     if index is not None:
         weight_map = read_strict_json(index).get("weight_map")
         for file in sorted({str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else ()):
@@ -110,22 +130,27 @@ def read_msgpack(path: Path) -> dict[str, Any]:
     return tree
 
 
-def write_leaves(folder: Path, params: Mapping[str, Any], safe_serialization: bool) -> Path:
+def write_leaves(
+    folder: Path, params: Mapping[str, Any], safe_serialization: bool, files: FileNames = TRANSFORMERS
+) -> Path:
     """Write parameters and return the file.
 
     Args:
       folder: exists.
       params: nested dicts of arrays.
-      safe_serialization: write `model.safetensors` in torch's layout, which transformers' torch classes and its old
-        Flax classes both read, instead of `flax_model.msgpack`.
+      safe_serialization: write safetensors in torch's layout, which the libraries' torch classes and their old Flax
+        classes both read, instead of msgpack.
+      files: what the model's library calls them.
     """
     if safe_serialization:
-        if (folder / MSGPACK).exists():
-            raise InputError(f"{folder}: holds a {MSGPACK}, which would be read instead of {SAFETENSORS}: remove it")
-        path = folder / SAFETENSORS
+        if (folder / files.msgpack).exists():
+            raise InputError(
+                f"{folder}: holds a {files.msgpack}, which would be read instead of {files.safetensors}: remove it"
+            )
+        path = folder / files.safetensors
         write_safetensors(path, to_torch(params), {"format": "pt"})
         return path
-    path = folder / MSGPACK
+    path = folder / files.msgpack
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(msgpack_serialize(plain(params)))
     partial.replace(path)

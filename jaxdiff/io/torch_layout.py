@@ -6,7 +6,8 @@
     scale, embedding      weight        the same
     bias and others       the same      the same
 
-Folders of the tree are parts of the name. The table is one-to-one, so it leads in both directions.
+Folders of the tree are parts of the name; diffusers' trees write `blocks_0` for torch's `blocks.0`, and give the
+autoencoder's attention older names. The table is one-to-one, so it leads in both directions.
 """
 
 import re
@@ -18,6 +19,12 @@ import numpy as np
 
 from jaxdiff.io.weights import Spec, check_finite, check_specs, flatten_params, spec_of
 
+NUMBERED = re.compile(
+    r"(?<![^.])(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|transformer_blocks|to_out|net)_(\d+)(?![^.])"
+)
+"""Folders that torch writes with a dot before the number."""
+AUTOENCODER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Folders below the attention in the middle of an autoencoder, and what torch calls them."""
 WEIGHT_LEAVES = ("kernel", "scale", "embedding")
 """Leaves that torch calls `weight`."""
 WIDTHS = {np.dtype(kind).name for kind in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)}
@@ -27,7 +34,16 @@ WIDTHS = {np.dtype(kind).name for kind in (np.float16, ml_dtypes.bfloat16, np.fl
 def torch_name(name: str) -> str:
     """Return what torch calls the leaf of a flattened tree."""
     *folders, leaf = name.split(".")
-    return ".".join([*folders, "weight" if leaf in WEIGHT_LEAVES else leaf])
+    folders = [AUTOENCODER_ATTENTION.get(folder, folder) for folder in folders]
+    return NUMBERED.sub(r"\1.\2", ".".join([*folders, "weight" if leaf in WEIGHT_LEAVES else leaf]))
+
+
+def modern_name(name: str) -> str:
+    """Return today's name of a tensor that torch's autoencoder had under another name until 2023."""
+    *folders, layer, leaf = name.rsplit(".", 2)
+    if folders and re.search(r"mid_block\.attentions\.\d+$", folders[0]):
+        layer = AUTOENCODER_ATTENTION.get(layer, layer)
+    return ".".join([*folders, layer, leaf])
 
 
 def torch_axes(name: str, rank: int) -> tuple[int, ...]:
@@ -59,10 +75,11 @@ def from_torch(
         axes = torch_axes(name, len(leaf.shape))
         wanted[sources[name]] = tuple(leaf.shape[axis] for axis in axes), "float32"
     specs: Mapping[str, Spec] = getattr(tensors, "specs", None) or {n: spec_of(t) for n, t in tensors.items()}
-    found = {name: as_float32(spec) for name, spec in specs.items() if not re.fullmatch(ignored, name)}
+    stored = {modern_name(name): name for name in specs if not re.fullmatch(ignored, name)}
+    found = {modern: as_float32(specs[name]) for modern, name in stored.items()}
     check_specs(origin, found, wanted)
     for name, leaf in leaves.items():
-        tensor = tensors[sources[name]]
+        tensor = tensors[stored[sources[name]]]
         check_finite(origin, sources[name], tensor)
         axes = torch_axes(name, len(leaf.shape))
         yield name, np.ascontiguousarray(tensor.transpose(np.argsort(axes)), np.float32).reshape(leaf.shape)

@@ -113,8 +113,8 @@ class AttentionBlock(nn.Module):
             projected = nn.Dense(channels, dtype=self.dtype, name=name)(tokens)
             return rearrange(projected, "b l (n d) -> b l n d", n=num_heads)
 
-        *inward, out = self.names
-        attended = rearrange(attend(*map(project, inward)), "b l n d -> b l (n d)")
+        query, key, value, out = self.names
+        attended = rearrange(attend(project(query), project(key), project(value)), "b l n d -> b l (n d)")
         return x + rearrange(
             nn.Dense(channels, dtype=self.dtype, name=out)(attended), "b (h w) c -> b h w c", h=height, w=width
         )

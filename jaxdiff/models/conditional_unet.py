@@ -10,6 +10,7 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from jaxdiff.models.attention import AttentionKernel
 from jaxdiff.models.convolution import Conv
@@ -123,8 +124,10 @@ class ConditionalUNet(nn.Module):
         lowest = level == len(cfg.block_out_channels) - 1
         return resnet, attention, None if lowest else down, None if level == 0 else up
 
-    def __call__(self, x_t: Images, t: Timesteps, context: Context | None = None, train: bool = False) -> Images:
-        """Return the prediction in float32, of the latents' shape.
+    def __call__(
+        self, x_t: Images, t: Timesteps, context: Context | None = None, train: bool = False
+    ) -> Float[Array, "B H W D"]:
+        """Return the prediction in float32, of the latents' height and width.
 
         Args:
           x_t: noisy latents.

@@ -74,12 +74,16 @@ class CrossAttention(nn.Module):
 
         query = project("to_q", x)
         if context is None and self.has_variable(TEXT, "key"):
-            key, value = self.get_variable(TEXT, "key"), self.get_variable(TEXT, "value")
+            key: Tokens = self.get_variable(TEXT, "key")
+            value: Tokens = self.get_variable(TEXT, "value")
         else:
             source = x if context is None else context
             key, value = project("to_k", source), project("to_v", source)
-        heads = [rearrange(part, "b l (n d) -> b l n d", n=self.num_heads) for part in (query, key, value)]
-        attended = rearrange(attend(*heads, self.kernel), "b l n d -> b l (n d)")
+
+        def split(tokens: Tokens) -> Float[Array, "B L n d"]:
+            return rearrange(tokens, "b l (n d) -> b l n d", n=self.num_heads)
+
+        attended = rearrange(attend(split(query), split(key), split(value), self.kernel), "b l n d -> b l (n d)")
         return nn.Dense(features, dtype=self.dtype, name="to_out_0")(attended)
 
 

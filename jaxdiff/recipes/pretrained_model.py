@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxdiff.io.hub import open_model
-from jaxdiff.io.pretrained_files import CONFIG, read_config, read_leaves, write_leaves
+from jaxdiff.io.pretrained_files import CONFIG, TRANSFORMERS, FileNames, read_config, read_leaves, write_leaves
 from jaxdiff.io.runs import write_json
 from jaxdiff.io.weights import check_specs, flatten_params, spec_of, unflatten_params
 
@@ -23,10 +23,12 @@ class FlaxPreTrainedModel:
       config: what decides shapes and function.
       module: the linen module.
       dtype: what it computes in.
+      files: what the model's library calls the files.
       ignored: regular expression of names in published files that belong to no parameter of this model.
       prefix: beginning of all names, which files of torch may leave out.
     """
 
+    files: ClassVar[FileNames] = TRANSFORMERS
     ignored: ClassVar[str] = ""
     prefix: ClassVar[str] = ""
 
@@ -108,9 +110,9 @@ class FlaxPreTrainedModel:
           InputError: files are missing, damaged or another model's, or the hub cannot be reached.
         """
         fetch = open_model(name_or_path, revision, subfolder, **options)
-        model = cls(cls.read_config(read_config(str(name_or_path), fetch)), dtype=dtype, _do_init=False)
+        model = cls(cls.read_config(read_config(str(name_or_path), fetch, cls.files)), dtype=dtype, _do_init=False)
         expected = model.params_shape_tree
-        leaves = read_leaves(str(name_or_path), fetch, expected, cls.ignored, cls.prefix, from_pt)
+        leaves = read_leaves(str(name_or_path), fetch, expected, cls.ignored, cls.prefix, from_pt, cls.files)
         # One after another, so that no second copy of the model lies in memory.
         params = unflatten_params({name: jnp.asarray(leaf) for name, leaf in leaves})
         if not _do_init:
@@ -133,7 +135,7 @@ class FlaxPreTrainedModel:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_leaves(folder, self.params if params is None else params, safe_serialization)
+        write_leaves(folder, self.params if params is None else params, safe_serialization, self.files)
         write_json(folder / CONFIG, self.config_dict())
 
     def to_bf16(self, params: Any) -> Any:

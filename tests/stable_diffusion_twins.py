@@ -1,0 +1,81 @@
+"""Tiny random Stable Diffusion in torch, built from diffusers' and transformers' own classes."""
+
+from pathlib import Path
+
+import torch
+from clip_vocabulary import write_vocabulary
+from conversion import randomize
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SIDE = 16
+"""Pixels of the latents on a side; pictures have twice as many."""
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+"""What Stable Diffusion's own scheduler_config.json says."""
+
+
+def make_unet(**changes) -> UNet2DConditionModel:
+    """Make a latent UNet of two levels, the upper one with transformers."""
+    settings = {
+        "sample_size": SIDE,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 16,
+    }
+    torch.manual_seed(0)
+    return randomize(UNet2DConditionModel(**{**settings, **changes}), 0.02)
+
+
+def make_autoencoder(**changes) -> AutoencoderKL:
+    """Make an autoencoder of two levels."""
+    settings = {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 8,
+        "sample_size": 2 * SIDE,
+    }
+    torch.manual_seed(1)
+    return randomize(AutoencoderKL(**{**settings, **changes}), 0.02)
+
+
+def make_pipeline(folder: Path, scheduler=None, **unet) -> StableDiffusionPipeline:
+    """Make a whole pipeline and write it to a folder."""
+    write_vocabulary(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    torch.manual_seed(2)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=make_autoencoder(),
+        text_encoder=randomize(text_encoder, 0.02),
+        tokenizer=tokenizer,
+        unet=make_unet(**unet),
+        scheduler=scheduler or PNDMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
