@@ -14,7 +14,8 @@ from jaxdiff.errors import InputError
 Fetch = Callable[[str], Path | None]
 """From a file's name to where it lies on this machine; None if the model has no such file."""
 
-EVERY_MODEL_HAS = "config.json"
+FIRST_ASKED = ("config.json", "model_index.json")
+"""Every model has the one, every pipeline the other."""
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 
@@ -69,7 +70,7 @@ def fetch_from_hub(name: str, file: str, revision: str | None, subfolder: str, o
     except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
         # Elsewhere the hub was asked, and failed to answer.
         offline = options.get("local_files_only") and isinstance(error, errors.LocalEntryNotFoundError)
-        if offline and file != EVERY_MODEL_HAS:
+        if offline and file not in FIRST_ASKED:
             return None
         pinned = f" --revision {revision}" if revision else ""
         raise InputError(

@@ -1,0 +1,306 @@
+"""Stable Diffusion from published files, under the name and with the calls of diffusers' last Flax pipeline.
+
+    from jaxdiff import FlaxStableDiffusionPipeline
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained("CompVis/stable-diffusion-v1-4")
+    images = pipeline(pipeline.prepare_inputs(["a photo of a cat"]), params, jax.random.key(0)).images
+
+Old scripts that replicate `params` and give each device its own share of the prompts (`jit=True`) run as they are; new
+ones need neither: the batch is split over all devices that it splits over. There is no safety checker: this is a tool
+for research, and the published one both misses and blocks too much (arXiv 2210.04610).
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from PIL import Image
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.hub import Fetch, open_model
+from jaxdiff.io.images import to_uint8
+from jaxdiff.io.runs import write_json
+from jaxdiff.io.strict_json import read_strict_json
+from jaxdiff.io.tokenizer import CLIPTokenizer, read_tokenizer
+from jaxdiff.mesh import batch_split, make_mesh, replicated
+from jaxdiff.recipes.diffusers_config import translate_scheduler
+from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
+from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
+from jaxdiff.recipes.pretrained_model import cast
+from jaxdiff.recipes.stable_diffusion import (
+    Params,
+    StableDiffusion,
+    check_finite_latents,
+    choose_attention,
+    decode_latents,
+    encode_texts,
+    make_latent_sampler,
+    make_process,
+)
+
+INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
+CLASSES = {
+    "text_encoder": ("CLIPTextModel", "FlaxCLIPTextModel"),
+    "unet": ("UNet2DConditionModel", "FlaxUNet2DConditionModel"),
+    "vae": ("AutoencoderKL", "FlaxAutoencoderKL"),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+"""What model_index.json may say that the parts are; the scheduler's class is checked with its config."""
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+
+
+class FlaxStableDiffusionPipelineOutput(NamedTuple):
+    """Pictures in [0, 1], channels last; with a leading axis of devices where the prompts had one."""
+
+    images: np.ndarray
+    nsfw_content_detected: None = None
+
+
+class FlaxStableDiffusionPipeline:
+    """Text to image.
+
+    Attributes:
+      text_encoder: CLIP's text transformer, which holds no parameters, as the two below.
+      unet: the network that is sampled.
+      vae: the autoencoder.
+      tokenizer: of prompts.
+      model: the networks as jaxdiff's own functions take them.
+      dtype: what the networks compute in.
+    """
+
+    def __init__(
+        self,
+        text_encoder: FlaxCLIPTextModel,
+        unet: FlaxUNet2DConditionModel,
+        vae: FlaxAutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        model: StableDiffusion,
+        files: dict[str, dict[str, Path]],
+    ):
+        """Use `from_pretrained`; `files` are those of tokenizer and scheduler, which are copied when it is saved."""
+        self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
+        self.model, self.dtype = model, unet.dtype
+        self._files = files
+        self._samplers: dict[Any, Any] = {}
+        self._encode = jax.jit(lambda params, ids: encode_texts(self.model, params, ids))
+        self._decode = jax.jit(lambda params, latents: decode_latents(self.model, params, latents))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: DTypeLike = jnp.float32,
+        decode_dtype: DTypeLike | None = None,
+        from_pt: bool = False,
+        safety_checker: None = None,
+        feature_extractor: None = None,
+        **options: Any,
+    ) -> tuple["FlaxStableDiffusionPipeline", Params]:
+        """Read a published pipeline.
+
+        Args:
+          name_or_path: OWNER/NAME on the Hugging Face hub, or a folder as diffusers writes it, with safetensors, .bin
+            or Flax msgpack files; `python -m weights_convert stable_diffusion` makes one of a single file.
+          revision: branch, tag or commit on the hub.
+          dtype: what text encoder and UNet compute in, and the type of their parameters.
+          decode_dtype: the same for the autoencoder; None means float32, because many of them overflow in float16.
+          from_pt: pass over msgpack files.
+          safety_checker: taken for the sake of old scripts; there is none.
+          feature_extractor: the same.
+          **options: cache_dir, token or local_files_only, as in huggingface_hub.
+
+        Returns:
+          The pipeline and its parameters, by network.
+
+        Raises:
+          InputError: files are missing, damaged or another model's, or the hub cannot be reached.
+        """
+        name = str(name_or_path)
+        check_index(name, open_model(name, revision, **options))
+        kinds = {"text_encoder": FlaxCLIPTextModel, "unet": FlaxUNet2DConditionModel, "vae": FlaxAutoencoderKL}
+        dtypes = {"text_encoder": dtype, "unet": dtype, "vae": decode_dtype or jnp.float32}
+        models, params = {}, {}
+        for part, kind in kinds.items():
+            try:
+                models[part], read = kind.from_pretrained(
+                    name,
+                    revision=revision,
+                    subfolder=part,
+                    dtype=dtypes[part],
+                    from_pt=from_pt,
+                    _do_init=False,
+                    **options,
+                )
+            except InputError as error:
+                raise InputError(f"{part}: {error}") from error
+            params[part] = read if dtypes[part] == jnp.float32 else cast(read, dtypes[part])
+        tokenizer_files = open_model(name, revision, "tokenizer", **options)
+        text = models["text_encoder"].config
+        tokenizer = read_tokenizer(f"tokenizer: {name}", tokenizer_files, text.max_position_embeddings, text.vocab_size)
+        scheduler = open_model(name, revision, "scheduler", **options)(SCHEDULER)
+        if scheduler is None:
+            raise InputError(f"{name}: has no scheduler/{SCHEDULER}; download the whole folder")
+        diffusion, defaults, sampler = translate_scheduler(scheduler)
+        model = StableDiffusion(
+            models["text_encoder"].module, models["unet"].module, models["vae"].module, diffusion, defaults, sampler
+        )
+        check_fit(name, model)
+        found = {file: path for file in TOKENIZER_FILES if (path := tokenizer_files(file))}
+        files = {"tokenizer": found, "scheduler": {SCHEDULER: scheduler}}
+        return cls(**models, tokenizer=tokenizer, model=choose_attention(model)[0], files=files), params
+
+    def save_pretrained(self, folder: str | Path, params: Params, safe_serialization: bool = True) -> None:
+        """Write a folder that diffusers, and `from_pretrained`, open.
+
+        Args:
+          folder: made where it is missing.
+          params: as `from_pretrained` gave them, or trained further.
+          safe_serialization: write safetensors, which diffusers' torch pipeline reads, instead of Flax msgpack.
+        """
+        folder = Path(folder)
+        models = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+        for part, model in models.items():
+            model.save_pretrained(folder / part, params[part], safe_serialization)
+        for part, files in self._files.items():
+            (folder / part).mkdir(exist_ok=True)
+            for file, path in files.items():
+                if path.resolve() != (folder / part / file).resolve():
+                    shutil.copyfile(path, folder / part / file)
+        flax = "" if safe_serialization else "Flax"
+        scheduler = read_strict_json(folder / "scheduler" / SCHEDULER)["_class_name"]
+        index = {
+            "_class_name": f"{flax}StableDiffusionPipeline",
+            **{
+                part: ["transformers" if part == "text_encoder" else "diffusers", flax + CLASSES[part][0]]
+                for part in models
+            },
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "scheduler": ["diffusers", scheduler],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        }
+        write_json(folder / INDEX, index)
+
+    def prepare_inputs(self, prompt: str | Sequence[str]) -> np.ndarray:
+        """Return the token ids of prompts, those that are too long cut, as diffusers does."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return self.tokenizer(prompts, truncate=True, length=self.tokenizer.context_length).input_ids
+
+    def __call__(
+        self,
+        prompt_ids: ArrayLike,
+        params: Params,
+        prng_seed: jax.Array,
+        num_inference_steps: int = 50,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | ArrayLike = 7.5,
+        latents: ArrayLike | None = None,
+        neg_prompt_ids: ArrayLike | None = None,
+        return_dict: bool = True,
+        jit: bool = False,
+    ) -> Any:
+        """Draw one picture for each prompt.
+
+        Args:
+          prompt_ids: from `prepare_inputs`; with a leading axis of devices where `jit` is true.
+          params: from `from_pretrained`, or those with a leading axis of devices where `jit` is true.
+          prng_seed: key of the starting noise; one for each device where `jit` is true.
+          num_inference_steps: steps of the published scheduler.
+          height: in pixels; None means the size that the UNet was trained on.
+          width: the same.
+          guidance_scale: strength of classifier-free guidance, the same for all.
+          latents: starting noise to use instead, channels second.
+          neg_prompt_ids: what to avoid; None means the empty prompt.
+          return_dict: return an object with `images` instead of a tuple.
+          jit: inputs have a leading axis of devices, as `pmap` wants it. Everything is compiled in any case.
+
+        Raises:
+          InputError: a size that does not fit, or latents of another shape or not finite.
+        """
+        ids = jnp.asarray(prompt_ids)
+        avoided = self.prepare_inputs([""]) if neg_prompt_ids is None else jnp.asarray(neg_prompt_ids)
+        keys = [prng_seed]
+        if jit:
+            params = jax.tree.map(lambda leaf: leaf[0], params)
+            keys, ids = list(prng_seed), ids.reshape(-1, ids.shape[-1])
+            avoided = avoided.reshape(-1, avoided.shape[-1])
+        size = self.model.default_size
+        shape = self.model.latent_shape(height or size, width or size)
+        share = (len(ids) // len(keys), shape[2], *shape[:2])
+        if latents is None:
+            noise = jnp.concatenate([jax.random.normal(key, share) for key in keys])
+        else:
+            noise = jnp.asarray(latents, jnp.float32).reshape(-1, *jnp.shape(latents)[-3:])
+            if noise.shape != (len(ids), *share[1:]):
+                raise InputError(f"latents: shape {noise.shape}, but these prompts need {(len(ids), *share[1:])}")
+        images = self._draw(
+            params, ids, jnp.asarray(avoided), noise, keys[0], num_inference_steps, float(np.ravel(guidance_scale)[0])
+        )
+        if jit:
+            images = images.reshape(len(keys), -1, *images.shape[1:])
+        return FlaxStableDiffusionPipelineOutput(images) if return_dict else (images, None)
+
+    def _draw(self, params, ids, avoided, noise, key, num_steps: int, guidance_scale: float) -> np.ndarray:
+        """Return pictures in [0, 1]; the batch is split over as many devices as it splits over."""
+        count = len(ids)
+        mesh = make_mesh(max(n for n in range(1, jax.device_count() + 1) if count % n == 0))
+        params = jax.device_put(params, replicated(mesh))
+        process, timesteps = make_process(self.model, None, num_steps)
+        setting = num_steps, guidance_scale, mesh
+        if setting not in self._samplers:
+            self._samplers[setting] = make_latent_sampler(self.model, process, timesteps, guidance_scale, mesh)
+        put = batch_split(mesh)
+        if jnp.issubdtype(key.dtype, jnp.integer):  # a key of the old kind
+            key = jax.random.wrap_key_data(key)
+        keys = jax.device_put(jax.random.split(key, count), put)
+        x_T = jax.device_put(jnp.transpose(noise, (0, 2, 3, 1)), put)
+        context = self._encode(params, jax.device_put(ids, put))
+        nothing = self._encode(params, jax.device_put(avoided, replicated(mesh) if len(avoided) == 1 else put))
+        sampled = self._samplers[setting](params["unet"], x_T, keys, context, nothing)
+        check_finite_latents(sampled)
+        return np.clip(np.asarray(self._decode(params, sampled.latents)) / 2 + 0.5, 0, 1)
+
+    @staticmethod
+    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+        """Return pictures in [0, 1], with any leading axes, as Pillow's."""
+        images = np.asarray(images)
+        return [Image.fromarray(pixels) for pixels in to_uint8(images.reshape(-1, *images.shape[-3:]) * 2 - 1)]
+
+
+def check_index(name: str, fetch: Fetch) -> None:
+    """Raise InputError unless model_index.json is there and names parts that jaxdiff has."""
+    path = fetch(INDEX)
+    if path is None:
+        raise InputError(
+            f"{name}: has no {INDEX}, so it is no folder of a diffusers pipeline; a single .safetensors or .ckpt file "
+            "becomes one by `python -m weights_convert stable_diffusion FILE DIR`"
+        )
+    index = read_strict_json(path)
+    for part, known in CLASSES.items():
+        entry = index.get(part)
+        kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if kind not in known:
+            raise InputError(f"{path}: {part} is {kind!r}; jaxdiff only has {known[0]}")
+
+
+def check_fit(name: str, model: StableDiffusion) -> None:
+    """Raise InputError unless the parts were made for each other."""
+    text, unet, vae = model.text_encoder.config, model.unet.config, model.autoencoder.config
+    for what, found, wanted in (
+        ("cross_attention_dim", unet.cross_attention_dim, text.hidden_size),
+        ("out_channels", unet.out_channels, vae.latent_channels),
+        ("in_channels", unet.in_channels, vae.latent_channels),
+    ):
+        if found != wanted:
+            raise InputError(
+                f"{name}: the UNet's {what} is {found}, but the parts around it make {wanted}; this is no "
+                "text-to-image model, or its parts come from different ones"
+            )

@@ -1,0 +1,191 @@
+"""Stable Diffusion as pure functions: texts to vectors, noise to latents, latents to pictures (arXiv 2112.10752).
+
+Each of the three is one compiled program over the mesh. Keys and values of the text are computed once for each picture,
+not once a step, and the empty prompt is encoded once for all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxdiff.diffusion.guidance import chain_weights, guide
+from jaxdiff.diffusion.prediction import Prediction, to_prediction
+from jaxdiff.diffusion.samplers import DDIM, Sampler, sample
+from jaxdiff.diffusion.timesteps import Walk, timestep_spacing, with_final
+from jaxdiff.errors import InputError
+from jaxdiff.mesh import replicated
+from jaxdiff.models.attention import AttentionKernel, attend, why_not_cudnn
+from jaxdiff.models.autoencoder import Autoencoder, Latents
+from jaxdiff.models.clip import CLIPText
+from jaxdiff.models.conditional_unet import ConditionalUNet
+from jaxdiff.models.spatial_transformer import TEXT, Context, project_context
+from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
+from jaxdiff.recipes.sampling import REVERSE_PROCESSES
+from jaxdiff.settings import SamplerName, Spacing
+from jaxdiff.shapes import ImageKeys, Images
+
+Params = dict[str, Any]
+"""The parameters of the networks under "text_encoder", "unet" and "vae"."""
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """The networks, without their parameters, and how they were trained and are sampled by default.
+
+    Attributes:
+      sampler: that of the published scheduler.
+    """
+
+    text_encoder: CLIPText
+    unet: ConditionalUNet
+    autoencoder: Autoencoder
+    diffusion: ForwardProcess
+    defaults: SamplingDefaults
+    sampler: SamplerName
+
+    @property
+    def default_size(self) -> int:
+        """Height and width that the UNet was trained on, in pixels."""
+        return self.unet.config.sample_size * self.autoencoder.config.size_divisor
+
+    @property
+    def size_divisor(self) -> int:
+        """Height and width must be multiples of this, in pixels."""
+        return self.unet.config.size_divisor * self.autoencoder.config.size_divisor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return the shape of the latents of one picture, whose size is in pixels.
+
+        Raises:
+          InputError: the size does not fit the networks.
+        """
+        for flag, pixels in (("--height", height), ("--width", width)):
+            if pixels < 1 or pixels % self.size_divisor:
+                near = max(1, round(pixels / self.size_divisor)) * self.size_divisor
+                raise InputError(f"{flag} must be a multiple of {self.size_divisor} pixels, got {pixels}: try {near}")
+        factor = self.autoencoder.config.size_divisor
+        return height // factor, width // factor, self.unet.config.in_channels
+
+
+class Sampled(NamedTuple):
+    """What the reverse process ends with.
+
+    Attributes:
+      latents: scaled, as the UNet sees them.
+      broken_at: the first evaluation after which a number was not finite, from 1; 0 if all were.
+    """
+
+    latents: Latents
+    broken_at: Int[Array, ""]
+
+
+def encode_texts(model: StableDiffusion, params: Params, input_ids: Int[Array, "B L"]) -> Context:
+    """Return one vector for each token; padding counts, as in training."""
+    encoded, _ = model.text_encoder.apply({"params": params["text_encoder"]}, input_ids)  # type: ignore[misc]
+    return encoded.last_hidden_state
+
+
+def make_process(
+    model: StableDiffusion,
+    sampler: SamplerName | None,
+    num_steps: int,
+    spacing: Spacing | None = None,
+    eta: float | None = None,
+) -> tuple[Sampler, Walk]:
+    """Return how to sample and which timesteps to visit, the end included; None means as published.
+
+    Raises:
+      InputError: so many steps do not fit the spacing.
+    """
+    defaults = model.defaults
+    process = DDIM(eta) if eta is not None else REVERSE_PROCESSES[sampler or model.sampler]
+    spacing = spacing or defaults.spacing
+    # diffusers moves all leading timesteps of Stable Diffusion up by 1, whatever the file says.
+    offset = 1 if spacing == "leading" else 0
+    # Only DDIM and PNDM ever end at t = 0 instead of clean data.
+    final = defaults.final if (sampler or model.sampler) in ("ddim", "pndm") else -1
+    try:
+        return process, with_final(timestep_spacing(spacing, num_steps, model.diffusion.make_schedule(), offset), final)
+    except ValueError as error:
+        raise InputError(f"--num-steps {num_steps}: {error}") from error
+
+
+LatentSampler = Callable[[Any, Latents, ImageKeys, Context, Context], Sampled]
+"""(parameters of the UNet, noise, keys, texts, texts to avoid or one for all) -> latents; the noise is given away."""
+
+
+def make_latent_sampler(
+    model: StableDiffusion, process: Sampler, timesteps: Walk, guidance_scale: float, mesh: Mesh
+) -> LatentSampler:
+    """Return the jitted reverse process with classifier-free guidance, one scan over all steps.
+
+    Args:
+      model: the networks.
+      process: from `make_process`, as `timesteps`.
+      timesteps: where to step.
+      guidance_scale: g = 1 + w of arXiv 2207.12598: 0 avoids the text, 1 follows it, more follows it strongly.
+      mesh: devices that share a batch.
+    """
+    schedule = model.diffusion.make_schedule()
+    against, along = chain_weights((guidance_scale,))
+
+    def run(params: Any, x_T: Latents, keys: ImageKeys, context: Context, avoided: Float[Array, "A S E"]) -> Sampled:
+        def denoise(x_t: Latents, t: Any, text: Any) -> Prediction:
+            output: Any = model.unet.apply({"params": params, TEXT: text}, x_t, jnp.broadcast_to(t, x_t.shape[:1]))
+            return to_prediction(output, x_t, *schedule.alpha_sigma(t), model.diffusion.prediction_type)
+
+        text, no_text = (project_context(params, texts, model.unet.dtype) for texts in (context, avoided))
+        no_text = jax.tree.map(lambda one, each: jnp.broadcast_to(one, each.shape), no_text, text)
+        guided = guide(denoise, [(against, no_text), (along, text)])
+        latents, states = sample(guided, x_T, keys, schedule, timesteps, process, trajectory=True)
+        broken = ~jnp.isfinite(states.x_t).all(axis=(1, 2, 3, 4))
+        return Sampled(latents, jnp.where(broken.any(), jnp.argmax(broken), 0))
+
+    return jax.jit(run, donate_argnums=1, out_shardings=replicated(mesh))
+
+
+def decode_latents(model: StableDiffusion, params: Params, latents: Latents) -> Images:
+    """Return pixels about in [-1, 1]; `latents` are scaled, as the UNet sees them."""
+    scaled = latents / model.autoencoder.config.scaling_factor
+    images: Any = model.autoencoder.apply({"params": params["vae"]}, scaled, method="decode")
+    return images
+
+
+def choose_attention(model: StableDiffusion) -> tuple[StableDiffusion, str]:
+    """Return the model with the fastest attention that this machine has, and a sentence on what was chosen and why."""
+    kernel, reason = choose_kernel(model.unet.dtype, model.unet.config.head_dims)
+    return replace(model, unet=model.unet.clone(kernel=kernel)), f"attention: {kernel} ({reason})"
+
+
+def choose_kernel(dtype: DTypeLike, head_dims: tuple[int, ...]) -> tuple[AttentionKernel, str]:
+    """Return the kernel for heads of these many features, and why."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return "xla", f"cuDNN's needs an NVIDIA GPU, this is {device.device_kind}"
+    newest = float(device.compute_capability) >= 9.0
+    if reason := why_not_cudnn(dtype, head_dims, newest):
+        return "xla", f"cuDNN's does not fit: {reason}"
+    for features in sorted(set(head_dims)):
+        blank = jnp.zeros((2, 256, 8, features), dtype)
+        text = jnp.zeros((2, 77, 8, features), dtype)
+        try:
+            jax.jit(attend, static_argnums=3)(blank, text, text, "cudnn").block_until_ready()
+        except Exception as error:  # what cuDNN lacks is told by exceptions of many types
+            return "xla", f"cuDNN's failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return "cudnn", f"heads of {', '.join(map(str, sorted(set(head_dims))))} features in {np.dtype(dtype).name}"
+
+
+def check_finite_latents(sampled: Sampled) -> None:
+    """Raise InputError, naming the step, unless all numbers are finite."""
+    step = int(sampled.broken_at)
+    if step:
+        raise InputError(
+            f"the latents are not finite after step {step}: lower --guidance-scale, or use --dtype float32"
+        )

@@ -1,0 +1,212 @@
+"""The whole pipeline against diffusers' torch pipeline, from the same weights, prompts and starting noise."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from stable_diffusion_twins import SCHEDULER, SIDE, make_pipeline
+
+from jaxdiff import FlaxStableDiffusionPipeline
+from jaxdiff.errors import InputError
+from jaxdiff.io.weights import read_safetensors, write_safetensors
+from jaxdiff.mesh import make_mesh
+from jaxdiff.recipes.diffusers_config import translate_scheduler
+from jaxdiff.recipes.stable_diffusion import encode_texts, make_latent_sampler, make_process
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+PROMPTS = ["a photo of a cat", "a digit, a digit!!"]
+BETAS = {name: SCHEDULER[name] for name in ("beta_start", "beta_end", "beta_schedule")}
+LEADING = {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return FlaxStableDiffusionPipeline.from_pretrained(folder)
+
+
+def noise(count: int = 2) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal((count, 4, SIDE, SIDE), np.float32)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+TRAILING = {**BETAS, "timestep_spacing": "trailing"}
+SCHEDULERS = {
+    "pndm": PNDMScheduler(**SCHEDULER),
+    "ddim": DDIMScheduler(**LEADING, clip_sample=False, set_alpha_to_one=False),
+    "ddim, v, clean end": DDIMScheduler(**LEADING, clip_sample=False, prediction_type="v_prediction"),
+    "euler": EulerDiscreteScheduler(**LEADING),
+    "heun": HeunDiscreteScheduler(**LEADING),
+    # Of these, diffusers' leading steps are those of one step more; the first is then left out.
+    "dpm++2m": DPMSolverMultistepScheduler(**TRAILING),
+    "unipc": UniPCMultistepScheduler(**TRAILING),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_latents_are_those_of_diffusers(folder, loaded, tmp_path, name):
+    theirs = StableDiffusionPipeline.from_pretrained(folder, scheduler=SCHEDULERS[name])
+    theirs.set_progress_bar_config(disable=True)
+    SCHEDULERS[name].save_pretrained(tmp_path)
+    expected = theirs(
+        PROMPTS, num_inference_steps=10, guidance_scale=7.5, latents=torch.from_numpy(noise()), output_type="latent"
+    ).images.numpy()
+    diffusion, defaults, sampler = translate_scheduler(tmp_path / "scheduler_config.json")
+    pipeline, params = loaded
+    model = replace(pipeline.model, diffusion=diffusion, defaults=defaults, sampler=sampler)
+    sample = make_latent_sampler(model, *make_process(model, None, 10), 7.5, make_mesh(1))
+    context, nothing = (
+        encode_texts(model, params, jnp.asarray(pipeline.prepare_inputs(text))) for text in (PROMPTS, "")
+    )
+    x_T = jnp.transpose(noise(), (0, 2, 3, 1))
+    sampled = sample(params["unet"], x_T, jax.random.split(jax.random.key(0), 2), context, nothing)
+    assert float(expected.std()) > 1
+    assert int(sampled.broken_at) == 0
+    np.testing.assert_allclose(np.moveaxis(sampled.latents, -1, 1), expected, rtol=0, atol=1e-3)
+
+
+def test_pictures_are_those_of_diffusers(folder, loaded):
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(PROMPTS, num_inference_steps=10, latents=torch.from_numpy(noise()), output_type="np").images
+    pipeline, params = loaded
+    found = pipeline(pipeline.prepare_inputs(PROMPTS), params, jax.random.key(0), 10, latents=noise()).images
+    assert found.shape == (2, 2 * SIDE, 2 * SIDE, 3)
+    assert float(expected.std()) > 0.05
+    assert float(np.mean(np.square(255 * (found - expected)))) < 0.5
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_what_to_avoid_and_other_sizes_are_those_of_diffusers(folder, loaded):
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(4).standard_normal((1, 4, 8, 12), np.float32)
+    expected = theirs(
+        PROMPTS[:1],
+        negative_prompt=["it"],
+        height=16,
+        width=24,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        latents=torch.from_numpy(latents),
+        output_type="np",
+    ).images
+    ours, params = loaded
+    found = ours(
+        ours.prepare_inputs(PROMPTS[0]),
+        params,
+        jax.random.key(0),
+        5,
+        height=16,
+        width=24,
+        guidance_scale=3.0,
+        latents=latents,
+        neg_prompt_ids=ours.prepare_inputs("it"),
+    ).images
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_script_of_old_runs_as_it_is(loaded):
+    pipeline, params = loaded
+    devices = jax.device_count()
+    prompt_ids = pipeline.prepare_inputs(["a photo of a cat"] * devices)
+    replicated = jax.tree.map(lambda leaf: jnp.stack([leaf] * devices), params)
+    sharded = prompt_ids.reshape(devices, 1, -1)
+    seeds = jax.random.split(jax.random.PRNGKey(0), devices)
+    images = pipeline(sharded, replicated, seeds, 3, jit=True).images
+    assert images.shape == (devices, 1, 2 * SIDE, 2 * SIDE, 3)
+    pictures = pipeline.numpy_to_pil(images)
+    assert len(pictures) == devices
+    assert pictures[0].size == (2 * SIDE, 2 * SIDE)
+    # One device draws what each of eight draws.
+    alone = pipeline(prompt_ids[:1], params, seeds[2], 3).images
+    np.testing.assert_allclose(images[2], alone, rtol=0, atol=1e-4)
+    assert np.abs(images[2] - images[3]).max() > 0.01
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_saved_files_give_the_same_parameters(folder, loaded, tmp_path, safe):
+    pipeline, params = loaded
+    pipeline.save_pretrained(tmp_path, params, safe_serialization=safe)
+    _, again = FlaxStableDiffusionPipeline.from_pretrained(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    if safe:
+        theirs = StableDiffusionPipeline.from_pretrained(tmp_path)
+        before = StableDiffusionPipeline.from_pretrained(folder)
+        for part in ("unet", "vae", "text_encoder"):
+            found, wanted = (getattr(one, part).state_dict() for one in (theirs, before))
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_an_autoencoder_with_old_names_is_read(folder, loaded, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(name: str) -> str:
+        return re.sub("|".join(map(re.escape, old)), lambda match: old[match[0]], name)
+
+    tensors = {rename(name): tensor for name, tensor in read_safetensors(path).items()}
+    assert any("proj_attn" in name for name in tensors)
+    write_safetensors(path, tensors, {"format": "pt"})
+    _, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "copy")
+    jax.tree.map(np.testing.assert_array_equal, params["vae"], loaded[1]["vae"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
+        (lambda f: edit(f / "model_index.json", unet=["diffusers", "Other"]), "unet is 'Other'; jaxdiff"),
+        (lambda f: shutil.rmtree(f / "vae"), "vae: "),
+        (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler/scheduler_config.json"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), "has no tokenizer"),
+        (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="LMSDiscreteScheduler"), "has DD"),
+        (lambda f: edit(f / "unet" / "config.json", dual_cross_attention=True), "dual_cross_attention is True"),
+        (lambda f: edit(f / "unet" / "config.json", magic=1), "magic is 1, but jaxdiff does not know this key"),
+        (lambda f: edit(f / "unet" / "config.json", layers_per_block=2), "missing: "),
+        (lambda f: edit(f / "vae" / "config.json", latent_channels=3), "is float32["),
+    ],
+)  # fmt: skip
+def test_a_folder_that_does_not_fit_is_refused_by_name(folder, tmp_path, spoil, sentence):
+    shutil.copytree(folder, tmp_path / "copy")
+    spoil(tmp_path / "copy")
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "copy")
+
+
+def test_calls_that_cannot_be_drawn_are_refused(loaded):
+    pipeline, params = loaded
+    ids = pipeline.prepare_inputs("a cat")
+    with pytest.raises(InputError, match="--height must be a multiple of 4 pixels, got 30"):
+        pipeline(ids, params, jax.random.key(0), 2, height=30)
+    with pytest.raises(InputError, match="latents: shape"):
+        pipeline(ids, params, jax.random.key(0), 2, latents=noise(2))
+    broken = {**params, "unet": jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), params["unet"])}
+    with pytest.raises(InputError, match="not finite after step 1"):
+        pipeline(ids, broken, jax.random.key(0), 2)
