@@ -1,12 +1,16 @@
 """Pictures between files (uint8, 0..255) and networks (float, [-1, 1]); the only place where the two ranges meet."""
 
+import os
 import warnings
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 MAX_PIXELS = 16_000_000
 """Pictures with more pixels than this are refused before they are decoded (decompression bombs)."""
@@ -52,10 +56,26 @@ def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.n
         raise OSError(f"not a readable picture ({error})") from error
 
 
-def write_png(path: Path, pixels: UInt8[np.ndarray, "H W C"]) -> None:
-    """Write one RGB (or one-channel) picture."""
+def write_png(path: Path, pixels: UInt8[np.ndarray, "H W C"], about: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write one RGB (or one-channel) picture, whole or not at all, with texts `about` it by keyword."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    texts = PngInfo()
+    for keyword, text in about.items():
+        texts.add_itxt(keyword, text)
+    partial = path.with_name(f"{path.name}.partial")
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    picture.save(partial, "PNG", pnginfo=texts)
+    os.replace(partial, path)
+
+
+def read_png_texts(path: Path) -> dict[str, str]:
+    """Return the texts that a PNG file holds beside its picture; none if there is no readable one."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return {name: str(text) for name, text in getattr(image, "text", {}).items()}
+    except (OSError, ValueError, SyntaxError):
+        return {}
 
 
 def resize_image(pixels: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "h w C"]:

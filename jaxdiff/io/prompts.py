@@ -1,4 +1,4 @@
-"""Templates that turn a class name into a prompt: published sets by name, one's own, or descriptions from a file.
+"""Prompts from files, and templates that turn a class name into one: published sets, one's own, or descriptions.
 
 `imagenet-80` and `imagenet-7` are the sets that OpenAI published with CLIP (arXiv 2103.00020, section 3.1.4; the seven
 were chosen by forward selection for a low-resolution ResNet).
@@ -100,4 +100,20 @@ def read_descriptions(path: Path, class_names: Sequence[str]) -> list[list[str]]
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise InputError(f"{path}: {name!r} must have a list of texts, has {texts!r}")
         prompts.append(texts)
+    return prompts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+      InputError: it cannot be read, or holds none.
+    """
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path}: cannot be read ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts {path}: holds no prompt; write one a line")
     return prompts

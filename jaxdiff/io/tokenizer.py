@@ -95,23 +95,32 @@ class CLIPTokenizer:
             raise InputError(f"the vocabulary has no padding token {pad_token!r}")
         self.context_length, self.pad_id = context_length, pad_id
 
-    def __call__(self, texts: Sequence[str], truncate: bool = False, length: int | None = None) -> Tokens:
+    def __call__(
+        self,
+        texts: Sequence[str],
+        truncate: bool = False,
+        length: int | None = None,
+        remedy: str = "have it cut by --truncate",
+    ) -> Tokens:
         """Return the token ids of texts.
 
         Args:
           texts: at least one.
           truncate: drop what is too long, but for the end token, instead of refusing it.
           length: of all rows; None means that of the longest text.
+          remedy: what the message about a text that is too long advises beside shortening it.
 
         Raises:
           InputError: a text is longer than `context_length` and is not to be truncated; the message says which.
         """
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        for text, row in zip(texts, rows):
-            if len(row) > self.context_length and not truncate:
+        encodings = self._tokenizer.encode_batch(list(texts))
+        rows = [encoding.ids for encoding in encodings]
+        for text, encoding in zip(texts, encodings):
+            if len(encoding.ids) > self.context_length and not truncate:
+                rest = text[encoding.offsets[self.context_length - 1][0] :]
                 raise InputError(
-                    f"the prompt {text!r} has {len(row)} tokens, begin and end included, more than the "
-                    f"{self.context_length} that the model reads: shorten it, or have it cut by --truncate"
+                    f"the prompt {text!r} has {len(encoding.ids)} tokens, begin and end included, more than the "
+                    f"{self.context_length} that the model reads; {rest!r} would be lost: shorten it, or {remedy}"
                 )
         rows = [row if len(row) <= self.context_length else [*row[: self.context_length - 1], row[-1]] for row in rows]
         length = max(map(len, rows)) if length is None else length
@@ -120,6 +129,42 @@ class CLIPTokenizer:
         for number, row in enumerate(rows):
             ids[number, : len(row)], mask[number, : len(row)] = row, 1
         return Tokens(ids, mask)
+
+    def in_chunks(self, texts: Sequence[str]) -> Int[np.ndarray, "B chunks L"]:
+        """Return the token ids of texts of any length, as many rows of `context_length` for each as the longest needs.
+
+        Each row has a begin and an end of its own; a text that needs fewer rows ends in rows of an empty text.
+        """
+        most = self.context_length - 2
+        rows = [encoding.ids[1:-1] for encoding in self._tokenizer.encode_batch(list(texts))]
+        begin, end = (self._tokenizer.token_to_id(token) for token in (BEGIN, END))
+        chunks = max(1, *(-(-len(row) // most) for row in rows))
+        ids = np.full((len(rows), chunks, self.context_length), self.pad_id, np.int32)
+        for row, found in zip(rows, ids):
+            for number, chunk in enumerate(found):
+                part = row[number * most : (number + 1) * most]
+                chunk[: len(part) + 2] = [begin, *part, end]
+        return ids
+
+    def add_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Make each text one token, found before anything else is and with its case; return their new ids.
+
+        Raises:
+          InputError: one of them is a token already.
+        """
+        from tokenizers import AddedToken
+
+        known = [token for token in tokens if self._tokenizer.token_to_id(token) is not None]
+        if known or len(set(tokens)) < len(tokens):
+            raise InputError(f"{known[0] if known else 'a token'} stands for something already: choose another name")
+        self._tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+        first = self.vocab_size - len(tokens)
+        return list(range(first, first + len(tokens)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._tokenizer.get_vocab_size()
 
 
 def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int) -> CLIPTokenizer:

@@ -10,7 +10,7 @@ for research, and the published one both misses and blocks too much (arXiv 2210.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from PIL import Image
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.images import to_uint8
+from jaxdiff.io.pretrained_files import read_config
 from jaxdiff.io.runs import write_json
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.tokenizer import CLIPTokenizer, read_tokenizer
@@ -30,7 +31,7 @@ from jaxdiff.mesh import batch_split, make_mesh, replicated
 from jaxdiff.recipes.diffusers_config import translate_scheduler
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-from jaxdiff.recipes.pretrained_model import cast
+from jaxdiff.recipes.pretrained_model import FlaxPreTrainedModel, cast
 from jaxdiff.recipes.stable_diffusion import (
     Params,
     StableDiffusion,
@@ -51,6 +52,13 @@ CLASSES = {
 }
 """What model_index.json may say that the parts are; the scheduler's class is checked with its config."""
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+
+
+NETWORKS: dict[str, type[FlaxPreTrainedModel]] = {
+    "text_encoder": FlaxCLIPTextModel,
+    "unet": FlaxUNet2DConditionModel,
+    "vae": FlaxAutoencoderKL,
+}
 
 
 class FlaxStableDiffusionPipelineOutput(NamedTuple):
@@ -122,21 +130,13 @@ class FlaxStableDiffusionPipeline:
           InputError: files are missing, damaged or another model's, or the hub cannot be reached.
         """
         name = str(name_or_path)
-        check_index(name, open_model(name, revision, **options))
-        kinds = {"text_encoder": FlaxCLIPTextModel, "unet": FlaxUNet2DConditionModel, "vae": FlaxAutoencoderKL}
         dtypes = {"text_encoder": dtype, "unet": dtype, "vae": decode_dtype or jnp.float32}
-        models, params = {}, {}
-        for part, kind in kinds.items():
+        models, model = read_models(name, revision, dtypes, **options)
+        params = {}
+        for part, kind in NETWORKS.items():
+            options_of_part: Any = {"dtype": dtypes[part], "from_pt": from_pt, "_do_init": False, **options}
             try:
-                models[part], read = kind.from_pretrained(
-                    name,
-                    revision=revision,
-                    subfolder=part,
-                    dtype=dtypes[part],
-                    from_pt=from_pt,
-                    _do_init=False,
-                    **options,
-                )
+                _, read = kind.from_pretrained(name, revision=revision, subfolder=part, **options_of_part)
             except InputError as error:
                 raise InputError(f"{part}: {error}") from error
             params[part] = read if dtypes[part] == jnp.float32 else cast(read, dtypes[part])
@@ -144,13 +144,7 @@ class FlaxStableDiffusionPipeline:
         text = models["text_encoder"].config
         tokenizer = read_tokenizer(f"tokenizer: {name}", tokenizer_files, text.max_position_embeddings, text.vocab_size)
         scheduler = open_model(name, revision, "scheduler", **options)(SCHEDULER)
-        if scheduler is None:
-            raise InputError(f"{name}: has no scheduler/{SCHEDULER}; download the whole folder")
-        diffusion, defaults, sampler = translate_scheduler(scheduler)
-        model = StableDiffusion(
-            models["text_encoder"].module, models["unet"].module, models["vae"].module, diffusion, defaults, sampler
-        )
-        check_fit(name, model)
+        assert scheduler is not None  # read above
         found = {file: path for file in TOKENIZER_FILES if (path := tokenizer_files(file))}
         files = {"tokenizer": found, "scheduler": {SCHEDULER: scheduler}}
         return cls(**models, tokenizer=tokenizer, model=choose_attention(model)[0], files=files), params
@@ -273,6 +267,38 @@ class FlaxStableDiffusionPipeline:
         """Return pictures in [0, 1], with any leading axes, as Pillow's."""
         images = np.asarray(images)
         return [Image.fromarray(pixels) for pixels in to_uint8(images.reshape(-1, *images.shape[-3:]) * 2 - 1)]
+
+
+def read_models(
+    name: str, revision: str | None, dtypes: Mapping[str, DTypeLike], **options: Any
+) -> tuple[dict[str, Any], StableDiffusion]:
+    """Return the networks by name, without parameters, and the whole; only configs are read.
+
+    Args:
+      name: as `FlaxStableDiffusionPipeline.from_pretrained` takes it, and so `revision` and `options`.
+      revision: on the hub.
+      dtypes: what each network computes in.
+      **options: as in huggingface_hub.
+
+    Raises:
+      InputError: a config is missing, or says what jaxdiff does not have.
+    """
+    check_index(name, open_model(name, revision, **options))
+    models = {}
+    for part, kind in NETWORKS.items():
+        fetch = open_model(name, revision, part, **options)
+        try:
+            config = kind.read_config(read_config(name, fetch, kind.files))
+        except InputError as error:
+            raise InputError(f"{part}: {error}") from error
+        models[part] = kind(config, dtype=dtypes[part], _do_init=False)
+    scheduler = open_model(name, revision, "scheduler", **options)(SCHEDULER)
+    if scheduler is None:
+        raise InputError(f"{name}: has no scheduler/{SCHEDULER}; download the whole folder")
+    modules: list[Any] = [model.module for model in models.values()]
+    model = StableDiffusion(*modules, *translate_scheduler(scheduler))
+    check_fit(name, model)
+    return models, model
 
 
 def check_index(name: str, fetch: Fetch) -> None:

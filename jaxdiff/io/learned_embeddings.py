@@ -1,0 +1,55 @@
+"""Learned words (textual inversion, arXiv 2208.01618) in the files that diffusers and A1111's web UI exchange.
+
+diffusers writes a safetensors or torch file of one tensor a word, under the word's name; A1111 writes one word, whose
+vectors are called `emb_params` (safetensors) or lie below `string_to_param` (torch) and whose name is the file's.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.torch_files import read_torch
+from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
+
+Learned = dict[str, Float[np.ndarray, "n D"]]
+"""By word, the vectors that stand for it, one after another."""
+A1111 = "emb_params"
+
+
+def read_learned(path: Path) -> Learned:
+    """Return the words of one file.
+
+    Raises:
+      InputError: missing, damaged, or not such a file.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise InputError(f"--embeddings {path}: no such file")
+    tensors: Any
+    if path.suffix == ".safetensors":
+        tensors = dict(read_safetensors(path))
+    elif path.suffix in (".bin", ".pt"):
+        tensors = read_torch(path)
+        if isinstance(tensors, Mapping) and isinstance(tensors.get("string_to_param"), Mapping):
+            tensors = {A1111: next(iter(tensors["string_to_param"].values()), None)}
+    else:
+        raise InputError(f"--embeddings {path}: must be a .safetensors, .bin or .pt file")
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise InputError(f"--embeddings {path}: holds no tensors by name")
+    learned = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, np.ndarray) or tensor.ndim not in (1, 2) or not tensor.size:
+            raise InputError(f"--embeddings {path}: {name} is no vector of a word, nor several")
+        check_finite(f"--embeddings {path}", str(name), tensor)
+        word = path.stem if name == A1111 else str(name)
+        learned[word] = np.atleast_2d(np.asarray(tensor, np.float32))
+    return learned
+
+
+def write_learned(path: Path, learned: Learned) -> None:
+    """Write words as diffusers' `load_textual_inversion` reads them."""
+    write_safetensors(path, {word: rows[0] if len(rows) == 1 else rows for word, rows in learned.items()})

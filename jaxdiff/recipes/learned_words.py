@@ -1,0 +1,68 @@
+"""Words that a text encoder has learned: new rows below its table of tokens, and new tokens that find them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.learned_embeddings import Learned
+from jaxdiff.io.tokenizer import CLIPTokenizer
+from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion
+
+TABLE = ("text_encoder", "text_model", "embeddings", "token_embedding", "embedding")
+"""Where the table of tokens lies in the parameters of Stable Diffusion."""
+
+
+def add_words(
+    model: StableDiffusion, params: Params, tokenizer: CLIPTokenizer, learned: Learned
+) -> tuple[StableDiffusion, Params]:
+    """Return the model and its parameters with rows for new words, which the tokenizer learns too.
+
+    A word of several vectors becomes as many tokens, which `spell_out` writes into a prompt.
+
+    Raises:
+      InputError: a word is known already, or its vectors are of another model.
+    """
+    table = get_leaf(params, TABLE)
+    width, encoder = table.shape[1], model.text_encoder
+    for word, rows in learned.items():
+        if rows.shape[1] != width:
+            raise InputError(
+                f"{word}: its vectors have {rows.shape[1]} numbers, but this model's tokens have {width}: they were "
+                "learned with another model"
+            )
+    if tokenizer.vocab_size != len(table):
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the text encoder {len(table)}")
+    tokenizer.add_tokens([name for word, rows in learned.items() for name in token_names(word, len(rows))])
+    added = jnp.concatenate([table, *(jnp.asarray(rows, table.dtype) for rows in learned.values())])
+    config = replace(encoder.config, vocab_size=len(added))
+    return replace(model, text_encoder=encoder.clone(config=config)), set_leaf(params, TABLE, added)
+
+
+def token_names(word: str, count: int) -> list[str]:
+    """Return the tokens of a word of `count` vectors, named as diffusers names them."""
+    return [word, *(f"{word}_{number}" for number in range(1, count))]
+
+
+def spell_out(prompt: str, learned: Mapping[str, np.ndarray]) -> str:
+    """Return the prompt with every learned word of several vectors as all of its tokens."""
+    for word, rows in learned.items():
+        if len(rows) > 1:
+            prompt = re.sub(rf"{re.escape(word)}(?!_\d)", " ".join(token_names(word, len(rows))), prompt)
+    return prompt
+
+
+def get_leaf(tree: Any, path: tuple[str, ...]) -> Any:
+    """Return the leaf of nested dicts below these names."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def set_leaf(tree: Any, path: tuple[str, ...], leaf: Any) -> Any:
+    """Return nested dicts with another leaf below these names; the rest is shared."""
+    return {**tree, path[0]: set_leaf(tree[path[0]], path[1:], leaf)} if path else leaf

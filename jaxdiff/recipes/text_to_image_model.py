@@ -1,0 +1,156 @@
+"""The Stable Diffusion that the flags name: its networks, its parameters, its learned words, and what it would take."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.learned_embeddings import Learned, read_learned
+from jaxdiff.io.provenance import tree_hash
+from jaxdiff.mesh import replicated, round_up
+from jaxdiff.recipes.learned_words import add_words
+from jaxdiff.recipes.pretrained_pipeline import FlaxStableDiffusionPipeline, read_models
+from jaxdiff.recipes.stable_diffusion import (
+    StableDiffusion,
+    choose_attention,
+    decode_latents,
+    make_latent_sampler,
+    make_process,
+)
+from jaxdiff.recipes.text_to_image import TextToImage
+from jaxdiff.recipes.tiny_stable_diffusion import make_tiny, tiny_models
+from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
+
+TINY = "tiny"
+TINY_NOTE = "The weights of `tiny` are random: its pictures are noise, and only prove that everything runs."
+
+
+def default_dtype(settings: LatentModelSettings) -> str:
+    """Return the type that text encoder and UNet compute in on this machine."""
+    return settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def prepare(settings: LatentModelSettings, pictures: PictureSettings, mesh: Mesh) -> TextToImage:
+    """Read the model and everything that belongs to it.
+
+    Raises:
+      InputError: files are missing, damaged or another model's, or a setting does not fit the model.
+    """
+    dtype = default_dtype(settings)
+    if settings.model == TINY:
+        pipeline, params = make_tiny(dtype, settings.decode_dtype)
+        print(TINY_NOTE)
+    else:
+        pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
+            settings.model, revision=settings.revision, dtype=dtype, decode_dtype=settings.decode_dtype
+        )
+    learned = read_all_learned(settings)
+    model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
+    model, chosen = choose_attention(model)
+    print(chosen)
+    size = picture_size(model, pictures)
+    process, timesteps = make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta)
+    sha256 = tree_hash(params)
+    return TextToImage(
+        model,
+        jax.device_put(params, replicated(mesh)),
+        pipeline.tokenizer,
+        learned,
+        process,
+        timesteps,
+        size,
+        pictures,
+        describe_settings(settings, pictures, model, size, sha256),
+        mesh,
+    )
+
+
+def read_all_learned(settings: LatentModelSettings) -> Learned:
+    """Return the learned words of all files.
+
+    Raises:
+      InputError: a file cannot be read, or a word comes twice.
+    """
+    learned: Learned = {}
+    for path in settings.embeddings:
+        found = read_learned(path)
+        if twice := sorted(found.keys() & learned.keys()):
+            raise InputError(f"--embeddings {path}: {twice[0]} is in another file too")
+        learned |= found
+    return learned
+
+
+def picture_size(model: StableDiffusion, pictures: PictureSettings) -> tuple[int, int]:
+    """Return height and width in pixels, having checked that they fit the model."""
+    size = pictures.height or model.default_size, pictures.width or model.default_size
+    model.latent_shape(*size)
+    return size
+
+
+def describe_settings(
+    settings: LatentModelSettings, pictures: PictureSettings, model: StableDiffusion, size: tuple[int, int], sha256: str
+) -> Mapping[str, Any]:
+    """Return all that decides the pixels of a picture, save its prompt and its number."""
+    return {
+        "model": settings.model,
+        "sha256": sha256,
+        "dtype": jnp.dtype(model.unet.dtype).name,
+        "decode_dtype": settings.decode_dtype,
+        "negative": pictures.negative,
+        "num_steps": pictures.num_steps,
+        "guidance_scale": pictures.guidance_scale,
+        "sampler": pictures.sampler or model.sampler,
+        "spacing": pictures.spacing or model.defaults.spacing,
+        "eta": pictures.eta or 0.0,
+        "height": size[0],
+        "width": size[1],
+        "long_prompts": pictures.long_prompts,
+        "seed": pictures.seed,
+    }
+
+
+def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, mesh: Mesh) -> str:
+    """Return what a device would hold: the weights, and what the compiled programs need beside them.
+
+    Only configs are read. The programs are compiled, not run, so the figures are those of this machine and its devices.
+    """
+    dtype = default_dtype(settings)
+    dtypes = {"text_encoder": dtype, "unet": dtype, "vae": settings.decode_dtype}
+    models, model = tiny_models(dtypes) if settings.model == TINY else read_models(
+        settings.model, settings.revision, dtypes
+    )  # fmt: skip
+    model = choose_attention(model)[0]
+    params = {
+        part: jax.tree.map(
+            lambda leaf, part=part: jax.ShapeDtypeStruct(leaf.shape, dtypes[part]), found.params_shape_tree
+        )
+        for part, found in models.items()
+    }
+    process, timesteps = make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta)
+    shape = model.latent_shape(*picture_size(model, pictures))
+    batch = round_up(pictures.batch_size, mesh)
+    latents = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    text = model.text_encoder.config
+    context, nothing = (
+        jax.ShapeDtypeStruct((count, text.max_position_embeddings, text.hidden_size), jnp.float32)
+        for count in (batch, 1)
+    )
+    sampler: Any = make_latent_sampler(model, process, timesteps, pictures.guidance_scale, mesh)
+    decoder = jax.jit(lambda params, latents: decode_latents(model, params, latents))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    needs = {
+        "sampling": sampler.lower(params["unet"], latents, keys, context, nothing),
+        "decoding": decoder.lower(params, latents),
+    }
+    lines = [f"weights                     {weights / 1e9:8.2f} GB"]
+    most = 0
+    for name, program in needs.items():
+        analysis = program.compile().memory_analysis()
+        extra = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        most = max(most, extra)
+        lines.append(f"{name}, {batch} pictures at once  {extra / 1e9:8.2f} GB")
+    return "\n".join([*lines, f"in all, at the most         {(weights + most) / 1e9:8.2f} GB"])

@@ -1,0 +1,71 @@
+"""The flags of text2image: which model, and how a picture is drawn; importing them costs no jax."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxdiff.settings import SamplerName, Spacing, require, require_at_least
+
+
+@dataclass(frozen=True)
+class LatentModelSettings:
+    """Which Stable Diffusion."""
+
+    model: str = "tiny"
+    """Folder or Hugging Face name of a diffusers pipeline; `tiny` has random weights and draws noise, in seconds."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    embeddings: tuple[Path, ...] = ()
+    """Files of learned words (textual inversion), .safetensors, .bin or .pt."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of text encoder and UNet; None means bfloat16 on an accelerator and float32 on a CPU."""
+    decode_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the autoencoder."""
+
+    def __post_init__(self):
+        require(bool(self.model.strip()), "--model must name a folder, a model on the hub, or tiny")
+        require(self.revision is None or self.model != "tiny", "--revision has no effect with --model tiny: drop it")
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """From text to picture."""
+
+    negative: str = ""
+    """What not to draw, for all prompts."""
+    num_steps: int = 50
+    """Sampling steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance g = 1 + w of arXiv 2207.12598: 1 follows the text, more follows it strongly."""
+    sampler: SamplerName | None = None
+    """Reverse process; None means the model's own, PNDM for Stable Diffusion 1."""
+    spacing: Spacing | None = None
+    """Which timesteps the steps visit (arXiv 2305.08891, table 2; karras: 2206.00364); None means the model's own."""
+    eta: float | None = None
+    """Share of DDPM's noise in a DDIM step, 0 to 1; None means 0. Only with --sampler ddim."""
+    height: int | None = None
+    """Pixels; None means what the model was trained on, 512 for Stable Diffusion 1."""
+    width: int | None = None
+    """Pixels; None means the same."""
+    long_prompts: bool = False
+    """Encode prompts in pieces of 75 tokens, as many as they need, instead of refusing long ones."""
+    seed: int = 0
+    """Seed of the noise: picture i of prompt p depends on the seed, p and i alone."""
+    batch_size: int = 4
+    """Most pictures drawn at once."""
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "height", "width"):
+            require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
+        require(math.isfinite(self.guidance_scale), f"--guidance-scale must be finite, got {self.guidance_scale}")
+        require(self.eta is None or 0 <= self.eta <= 1, f"--eta must lie in [0, 1], got {self.eta}")
+        require(
+            self.eta is None or self.sampler == "ddim",
+            "--eta has no effect without --sampler ddim: add it, or drop --eta",
+        )
+        require(
+            not self.negative or self.guidance_scale != 1,
+            "--negative has no effect at --guidance-scale 1: drop one of them",
+        )
