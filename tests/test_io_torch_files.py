@@ -398,7 +398,7 @@ def test_a_bomb_of_overlapping_records_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        (X, "holds a ndarray instead of names and tensors"),
+        (X, "holds a tensor instead of names and tensors"),
         ({"state_dict": {"a": X}}, r"holds 'state_dict', which is no tensor; .* save the model's state_dict\(\) alone"),
         ({}, "holds no tensors"),
     ],
