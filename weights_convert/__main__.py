@@ -42,7 +42,7 @@ class StableDiffusionConfig:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Single file (.safetensors, .ckpt), folder, or OWNER/NAME of a folder on the Hugging Face hub."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Single file to write, ending in .safetensors, or folder; an earlier conversion there is replaced, anything else is
+    """Single file to write, ending in .safetensors, or folder; an earlier conversion there is replaced, anything else
     refused."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None means the newest. Only with a hub name."""

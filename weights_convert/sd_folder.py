@@ -12,9 +12,11 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.msgpack_files import read_msgpack
 from jaxdiff.io.strict_json import read_strict_json
+from jaxdiff.io.tokenizer import BEGIN, END, read_tokenizer
 from jaxdiff.io.torch_layout import torch_axes, torch_name
 from jaxdiff.io.weights import LazyTensors, flatten_params, write_safetensors
 from weights_convert.sd_configs import CLASSES, DIFFUSERS_VERSION, Pipeline, read_configs
+from weights_convert.sd_layout import Layout
 from weights_convert.sd_tables import modern_name, to_single
 from weights_convert.source import find_weights, read_tensors
 
@@ -39,10 +41,11 @@ DOWNLOADS = tuple(
         {part: names[1] for part, names in OTHER_WEIGHTS.items()},
     )
 )
-VOCABULARY = ("vocab.json", "merges.txt")
+VOCABULARY = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json")
 TOKENIZER = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json")
+"""Files of a tokenizer; the fourth may stand for the first three, as transformers 5 writes them."""
 PIPELINES = {9: "StableDiffusionInpaintPipeline", 8: "StableDiffusionInstructPix2PixPipeline"}
-"""Classes of pipelines by the channels that their UNet reads: latents, and a picture's latents with a mask or without."""
+"""Classes of pipelines by the channels that their UNet reads: latents, a picture's latents, a mask."""
 PIPELINE = "StableDiffusionPipeline"
 POSITION_IDS = "text_model.embeddings.position_ids"
 """A buffer that older versions of transformers wrote."""
@@ -110,62 +113,56 @@ def to_modern(part: str, tensors: Mapping[str, Any]) -> LazyTensors:
     return LazyTensors(specs, lambda name: tensors[places[name]].reshape(specs[name][0]))
 
 
-def read_tokenizer(name: str, version: int, tokens: int) -> Files:
-    """Return a tokenizer's files.
+def find_tokenizer(name: str, layout: Layout) -> Files:
+    """Return a tokenizer's files, with settings for a version of Stable Diffusion.
 
     Args:
-      name: folder with vocab.json and merges.txt, or with a sub-folder tokenizer that has them; or a name on the hub.
-      version: of Stable Diffusion; 2.x pads with another token.
-      tokens: rows of the table of embeddings.
+      name: folder of a tokenizer, or of a pipeline with a sub-folder tokenizer; or a name on the hub.
+      layout: of the model that it is for.
 
     Raises:
       InputError: they are not there, the hub cannot be reached, or they are of another model.
     """
     try:
         places = [open_model(name, subfolder=folder) for folder in ("", "tokenizer")]
-        found = next((fetch for fetch in places if fetch(VOCABULARY[0])), None)
+        found = next((fetch for fetch in places for file in ("vocab.json", "tokenizer.json") if fetch(file)), None)
         if found is None and not Path(name).expanduser().is_dir():
             places[0]("config.json")  # tells whether the hub can be reached
-        files = read_files(found) if found else {}
+        files = read_files(name, found or places[0], layout)
     except InputError as error:
         raise InputError(f"--tokenizer {error}") from error
-    for file in VOCABULARY:
-        if file not in files:
-            raise InputError(
-                f"--tokenizer {name}: has no {file}; a single file holds no tokenizer, so it must be given"
-            )
-    try:
-        count = len(json.loads(files[VOCABULARY[0]]))
-    except ValueError as error:
-        raise InputError(f"--tokenizer {name}: {VOCABULARY[0]} cannot be read ({error})") from error
-    if count > tokens:
-        raise InputError(f"--tokenizer {name}: has {count:,} tokens, but the model has embeddings of {tokens:,}")
     # OpenCLIP pads with token 0.
-    pad = "!" if version == 2 else "<|endoftext|>"
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "add_prefix_space": False}
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    pad = "!" if layout.version == 2 else END
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": layout.text_encoder.positions}
     return {
-        **{file: files[file] for file in VOCABULARY},
-        "tokenizer_config.json": to_json({**config, **special, "pad_token": pad}),
-        "special_tokens_map.json": to_json({**special, "pad_token": pad}),
+        **{file: data for file, data in files.items() if file in VOCABULARY},
+        "tokenizer_config.json": to_json({**settings, **special, "add_prefix_space": False}),
+        "special_tokens_map.json": to_json(special),
     }
 
 
-def read_files(fetch: Fetch) -> dict[str, bytes]:
-    """Return those files of a tokenizer that are there."""
-    return {name: path.read_bytes() for name in TOKENIZER if (path := fetch(name))}
+def read_files(name: str, fetch: Fetch, layout: Layout) -> Files:
+    """Return those files of a tokenizer that are there, having checked that they fit the text encoder.
+
+    Raises:
+      InputError: they do not, or one is missing.
+    """
+    text = layout.text_encoder
+    read_tokenizer(name, fetch, text.positions, text.tokens)
+    files = {file: path.read_bytes() for file in TOKENIZER if (path := fetch(file))}
+    if {"vocab.json", "merges.txt"} <= files.keys():
+        files.pop("tokenizer.json", None)
+    return files
 
 
-def read_own_tokenizer(folder: Path) -> Files:
+def read_own_tokenizer(folder: Path, layout: Layout) -> Files:
     """Return the tokenizer's files of a pipeline's folder.
 
     Raises:
-      InputError: it has none.
+      InputError: as `read_files`.
     """
-    files = read_files(open_model(folder, subfolder="tokenizer"))
-    if missing := [name for name in VOCABULARY if name not in files]:
-        raise InputError(f"{folder}: has no tokenizer/{missing[0]}; download the folder again")
-    return files
+    return read_files(str(folder / "tokenizer"), open_model(folder, subfolder="tokenizer"), layout)
 
 
 def write_folder(folder: Path, pipeline: Pipeline, tokenizer: Files) -> list[Path]:

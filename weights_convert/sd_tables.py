@@ -32,6 +32,18 @@ UNET_RESNET = {
 }
 VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers": "transformer.resblocks",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "final_layer_norm": "ln_final",
+}
+"""Names in folders, which are OpenAI's, to OpenCLIP's."""
 
 Shape = tuple[int, ...]
 
@@ -124,37 +136,31 @@ def vae_rows(layout: VAELayout) -> Iterator[Row]:
 
 def text_rows(layout: TextLayout) -> Iterator[Row]:
     """Yield the rows of the text encoder."""
-    width, to = layout.width, "text_model."
-    tokens, positions = (layout.tokens, width), (layout.positions, width)
-    if not layout.open_clip:
-        for name, shape in (("token", tokens), ("position", positions)):
-            place = f"embeddings.{name}_embedding.weight"
-            yield Row(f"{TEXT_V1}{place}", (f"{to}{place}",), shape, shape)
-    else:
-        yield Row(f"{TEXT_V2}token_embedding.weight", (f"{to}embeddings.token_embedding.weight",), tokens, tokens)
-        place = f"{to}embeddings.position_embedding.weight"
-        yield Row(f"{TEXT_V2}positional_embedding", (place,), positions, positions)
+    width, hidden = layout.width, layout.hidden
+    prefix = TEXT_V2 if layout.open_clip else TEXT_V1
+    names = OPEN_CLIP if layout.open_clip else {name: name for name in OPEN_CLIP}
+    for name, count in (("token", layout.tokens), ("position", layout.positions)):
+        place = f"embeddings.{name}_embedding.weight"
+        yield Row(prefix + names[place], (f"text_model.{place}",), (count, width), (count, width))
+    shapes: dict[str, Shape] = {"self_attn.out_proj": (width, width), "layer_norm1": (width,), "layer_norm2": (width,)}
+    shapes |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
     for i in range(layout.layers):
-        hf = f"{to}encoder.layers.{i}"
-        at = f"{TEXT_V2}transformer.resblocks.{i}" if layout.open_clip else f"{TEXT_V1}encoder.layers.{i}"
-        attention, mlp = (f"{at}.attn", f"{at}.mlp") if layout.open_clip else (f"{at}.self_attn", f"{at}.mlp")
+        single, folder = f"{prefix}{names['encoder.layers']}.{i}", f"text_model.encoder.layers.{i}"
         if layout.open_clip:
-            names = [f"{hf}.self_attn.{name}_proj" for name in "qkv"]
-            shapes: dict[str, Shape] = {"weight": (width, width), "bias": (width,)}
-            for end, shape in shapes.items():
-                parts = tuple(f"{name}.{end}" for name in names)
-                yield Row(f"{attention}.in_proj_{end}", parts, shape, (3 * width, *shape[1:]))
+            yield from fused(f"{single}.attn.in_proj", f"{folder}.self_attn", width)
         else:
             for name in "qkv":
-                yield from layer(f"{attention}.{name}_proj", f"{hf}.self_attn.{name}_proj", (width, width))
-        yield from layer(f"{attention}.out_proj", f"{hf}.self_attn.out_proj", (width, width))
-        norm, first, second = ("ln_", "c_fc", "c_proj") if layout.open_clip else ("layer_norm", "fc1", "fc2")
-        yield from layer(f"{at}.{norm}1", f"{hf}.layer_norm1", (width,))
-        yield from layer(f"{at}.{norm}2", f"{hf}.layer_norm2", (width,))
-        yield from layer(f"{mlp}.{first}", f"{hf}.mlp.fc1", (layout.hidden, width))
-        yield from layer(f"{mlp}.{second}", f"{hf}.mlp.fc2", (width, layout.hidden))
-    last = f"{TEXT_V2}ln_final" if layout.open_clip else f"{TEXT_V1}final_layer_norm"
-    yield from layer(last, f"{to}final_layer_norm", (width,))
+                yield from layer(f"{single}.self_attn.{name}_proj", f"{folder}.self_attn.{name}_proj", (width, width))
+        for name, shape in shapes.items():
+            yield from layer(f"{single}.{names[name]}", f"{folder}.{name}", shape)
+    yield from layer(prefix + names["final_layer_norm"], "text_model.final_layer_norm", (width,))
+
+
+def fused(single: str, folder: str, width: int) -> Iterator[Row]:
+    """Yield weight and bias of a matrix that makes query, key and value at once."""
+    for end, shape in (("weight", (width, width)), ("bias", (width,))):
+        parts = tuple(f"{folder}.{name}_proj.{end}" for name in "qkv")
+        yield Row(f"{single}_{end}", parts, shape, (3 * width, *shape[1:]))
 
 
 def layer(single: str, folder: str, shape: Shape, single_shape: Shape = (), bias: bool = True) -> Iterator[Row]:

@@ -4,9 +4,9 @@
     python -m weights_convert stable_diffusion weights/sd15 sd15.safetensors
 
 SOURCE is a single file in CompVis' names (.safetensors, .ckpt), or a folder or hub name of diffusers with weights in
-safetensors, in shards or whole, torch's .bin or Flax's msgpack. OUT ending in .safetensors is a single file, as A1111 and
-ComfyUI open; else it is a folder of diffusers, as jaxdiff opens too. Weights keep their width and their bits, and one
-tensor at a time is in memory, but for msgpack files, which are read as a whole.
+safetensors, in shards or whole, torch's .bin or Flax's msgpack. OUT ending in .safetensors is a single file, as A1111
+and ComfyUI open; else it is a folder of diffusers, as jaxdiff opens too. Weights keep their width and their bits, and
+one tensor at a time is in memory, but for msgpack files, which are read as a whole.
 """
 
 import math
@@ -23,11 +23,11 @@ from jaxdiff.io.weights import TensorFile
 from weights_convert.sd_configs import Pipeline
 from weights_convert.sd_folder import (
     DOWNLOADS,
+    find_tokenizer,
     is_conversion,
     move_into_place,
     read_folder,
     read_own_tokenizer,
-    read_tokenizer,
     write_folder,
 )
 from weights_convert.sd_single_file import MARK, read_single_file, write_single_file
@@ -60,16 +60,15 @@ def run(
         given = {"--tokenizer": tokenizer, "--ema": ema, "--prediction-type": prediction_type}
         if ignored := [flag for flag, value in given.items() if value]:
             raise InputError(f"{ignored[0]} has no effect on {source}, a folder, which has its own: drop it")
-        files = {} if to_file else read_own_tokenizer(path)
         pipeline = read_folder(path)
+        files = {} if to_file else read_own_tokenizer(path, pipeline.layout)
     else:
         if path.suffix not in SINGLE_FILES:
             raise InputError(f"{source}: neither a folder nor a file that ends in {', '.join(SINGLE_FILES)}")
         if to_file and tokenizer is not None:
             raise InputError(f"--tokenizer has no effect on {out.name}, a single file, which holds none: drop it")
         pipeline = read_single_file(path, ema, prediction_type)
-        text = pipeline.layout.text_encoder
-        files = {} if to_file else read_tokenizer(tokenizer or DEFAULT_TOKENIZER, pipeline.layout.version, text.tokens)
+        files = {} if to_file else find_tokenizer(tokenizer or DEFAULT_TOKENIZER, pipeline.layout)
     describe(source, pipeline)
     check_space(out, pipeline)
     out.parent.mkdir(parents=True, exist_ok=True)
