@@ -30,7 +30,9 @@ def make_pipeline(folder: Path, version: int = 1, **changes: dict) -> StableDiff
     """Make a pipeline whose settings a single file implies; `changes` are settings of its parts."""
     torch.manual_seed(version)
     changes = {part: {**(SINGLE_V2.get(part, {}) if version == 2 else {}), **changes.get(part, {})} for part in PARTS}
-    tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(folder / "vocabulary"))
+    # OpenCLIP pads with token 0.
+    pad = "!" if version == 2 else "<|endoftext|>"
+    tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(folder / "vocabulary"), pad_token=pad)
     parts = {part: make(**{**SETTINGS[part], **changes[part]}) for part, make in PARTS.items()}
     return StableDiffusionPipeline(
         **parts, tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False

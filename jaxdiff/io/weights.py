@@ -154,10 +154,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[
         with partial.open("wb") as file:
             file.write(header)
             for name in names:
-                # In C order, because the bytes are written as they lie.
-                array = np.asarray(tensors[name], order="C")
-                assert spec_of(array) == specs[name], f"{name} is {spec_of(array)}, was to be {specs[name]}"
-                file.write(array.reshape(-1).view(np.uint8).data)
+                file.write(_bytes_of(tensors[name], specs[name]))
         os.replace(partial, path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -266,6 +263,13 @@ def list_faults(**faults: Collection[str]) -> str:
 
 def _show(spec: Spec) -> str:
     return f"{spec[1]}[{', '.join(map(str, spec[0]))}]"
+
+
+def _bytes_of(tensor: Any, spec: Spec) -> memoryview:
+    """Return the bytes of a tensor, which must be what was announced, in C order."""
+    array = np.asarray(tensor, order="C")
+    assert spec_of(array) == spec, f"{spec_of(array)} instead of {spec}"
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _make_header(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
