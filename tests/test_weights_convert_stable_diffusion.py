@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conversion import change_json
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders import single_file_utils as theirs
 from flax.serialization import msgpack_serialize
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from sd_twins import convert, converted, make_pipeline, refused
 
@@ -237,9 +239,14 @@ def as_flax(path, part, tensors):
     config = json.loads((path.parent / "config.json").read_text())
     if "_class_name" in config:
         config["_class_name"] = f"Flax{config['_class_name']}"
-    (path.parent / "config.json").write_text(json.dumps(config))
+    replace_text(path.parent / "config.json", json.dumps(config))
     index = path.parent.parent / "model_index.json"
-    index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"FlaxStableDiffusionPipeline"'))
+    replace_text(index, index.read_text().replace('"StableDiffusionPipeline"', '"FlaxStableDiffusionPipeline"'))
+
+
+def replace_text(path, text):
+    path.unlink()  # it may be a link
+    path.write_text(text)
 
 
 @pytest.mark.parametrize("change", [as_bin, as_shards, as_old_names, as_flax])
@@ -342,6 +349,40 @@ def test_inpainting_says_so(tmp_path, first):
     converted(tmp_path / "a.safetensors", tmp_path / "out", "--tokenizer", first / "vocabulary")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionInpaintPipeline"
+
+
+def test_a_hub_name_downloads_one_format_and_the_small_files(tmp_path, first, monkeypatch):
+    """The hub is played by the real rules of its client for which files are wanted."""
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    shutil.copytree(first / "in", remote)
+    change_weights(remote, as_flax)
+    unwanted = "unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/model.safetensors", "v1-5.ckpt"
+    for name in unwanted:
+        (remote / name).parent.mkdir(exist_ok=True)
+        (remote / name).write_bytes(b"never wanted")
+    asked = []
+
+    def download(name, revision, allow_patterns, ignore_patterns):
+        asked.append((name, revision))
+        files = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(remote / file, cache / file)
+        return str(cache)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    converted("CompVis/tiny", tmp_path / "out", "--revision", "flax")
+    assert set(asked) == {("CompVis/tiny", "flax")}
+    here = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+    assert not here & set(unwanted)
+    assert_same(load_file(tmp_path / "out" / "vae" / WEIGHTS["vae"]), load_file(first / "in" / "vae" / WEIGHTS["vae"]))
+
+
+def test_a_prediction_type_that_a_file_cannot_tell_is_said(tmp_path, first):
+    answer = converted(first / "a.safetensors", tmp_path / "a.safetensors", "--prediction-type", "v")
+    assert "assume epsilon: tell them that it is v" in answer.out
+    assert "assume" not in converted(first / "a.safetensors", tmp_path / "b.safetensors").out
 
 
 # --- what is refused
@@ -573,9 +614,8 @@ def test_peak_memory_is_far_from_twice_the_weights(tmp_path, first):
     assert 150e6 < weights < 250e6
 
     torch.save({"state_dict": load_file(tmp_path / "a.safetensors")}, tmp_path / "b.ckpt")
-    shutil.copytree(first / "in", tmp_path / "flax")
     converted(tmp_path / "a.safetensors", tmp_path / "in", "--tokenizer", first / "vocabulary")
-    shutil.copytree(tmp_path / "in", tmp_path / "flax", dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "in", tmp_path / "flax", copy_function=os.link)
     change_weights(tmp_path / "flax", as_flax)
     jobs = [
         (first / "in", "bare.safetensors", ""),
@@ -593,4 +633,3 @@ def test_peak_memory_is_far_from_twice_the_weights(tmp_path, first):
     assert checkpoint < 0.4
     assert max(others) < 1.3, others
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
-    print(checkpoint, others)

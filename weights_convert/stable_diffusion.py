@@ -69,7 +69,7 @@ def run(
             raise InputError(f"--tokenizer has no effect on {out.name}, a single file, which holds none: drop it")
         pipeline = read_single_file(path, ema, prediction_type)
         files = {} if to_file else find_tokenizer(tokenizer or DEFAULT_TOKENIZER, pipeline.layout)
-    describe(source, pipeline)
+    describe(source, pipeline, to_file)
     check_space(out, pipeline)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to_file:
@@ -120,14 +120,17 @@ def check_space(out: Path, pipeline: Pipeline) -> None:
         raise InputError(f"OUT {out}: takes {needed:,} bytes, but only {free:,} are free in {there}")
 
 
-def describe(source: str, pipeline: Pipeline) -> None:
-    """Print what is converted."""
+def describe(source: str, pipeline: Pipeline, to_file: bool) -> None:
+    """Print what is converted, and what programs cannot tell from a single file."""
     specs = [spec for network in pipeline.networks.values() for spec in network.specs.values()]
     widths = ", ".join(sorted({dtype for _, dtype in specs}))
+    prediction_type = pipeline.scheduler.get("prediction_type", "epsilon")
     print(
         f"{source}: Stable Diffusion {pipeline.layout.version}.x, {sum(math.prod(shape) for shape, _ in specs):,} "
-        f"parameters in {widths}, {pipeline.scheduler.get('prediction_type', 'epsilon')}"
+        f"parameters in {widths}, {prediction_type}"
     )
+    if to_file and pipeline.layout.version == 1 and prediction_type != "epsilon":
+        print("  of 1.x, programs that read single files assume epsilon: tell them that it is v")
 
 
 @contextmanager
