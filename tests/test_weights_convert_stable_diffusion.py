@@ -305,7 +305,9 @@ def write_checkpoint(path, first, **more):
 
 
 def test_a_full_checkpoint_of_lightning(tmp_path, first):
-    path = write_checkpoint(tmp_path / "sd-v1-4.ckpt", first)
+    write_checkpoint(tmp_path / "0123abcd", first)
+    path = tmp_path / "sd-v1-4.ckpt"
+    path.symlink_to(tmp_path / "0123abcd")  # as in the hub's cache
     converted(path, tmp_path / "a.safetensors")
     assert_same(load_file(tmp_path / "a.safetensors"), load_file(first / "a.safetensors"))
     converted(path, tmp_path / "out", "--ema", "--tokenizer", first / "vocabulary")
@@ -499,6 +501,7 @@ def test_a_single_file_that_does_not_fit_is_refused(tmp_path, first, spoil):
         ("unet/config.json", {"block_out_channels": [32, 64]}, "block_out_channels has 2 levels"),
         ("unet/config.json", {"up_block_types": ["UpBlock2D"]}, "up_block_types is ['UpBlock2D'], where"),
         ("unet/config.json", {"cross_attention_dim": "x"}, "cross_attention_dim is 'x', not int"),
+        ("vae/config.json", {"down_block_types": 0}, "down_block_types is 0, not"),
         ("vae/config.json", {"scaling_factor": 0.13}, "vae: scaling_factor is 0.13"),
         ("vae/config.json", {"latents_mean": [1.0]}, "vae: latents_mean is [1.0]"),
         ("text_encoder/config.json", {"num_attention_heads": 4}, "text_encoder: num_attention_heads is 4"),

@@ -332,7 +332,7 @@ def _get(fields: Mapping[str, Any], name: str, kind: Any = int) -> Any:
 
 def _channels(fields: Mapping[str, Any]) -> tuple[int, ...]:
     channels = _get(fields, "block_out_channels", tuple[int, ...])
-    if len(channels) != len(fields["down_block_types"]):
+    if len(channels) != len(_get(fields, "down_block_types", tuple[str, ...])):
         raise ValueError(f"block_out_channels has {len(channels)} levels, down_block_types another number")
     return channels
 
