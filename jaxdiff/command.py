@@ -58,15 +58,15 @@ def run_command(
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
-    print("\nWritten:")
-    for path in paths:
-        print(f"  {path}")
+    if paths:
+        print("\nWritten:", *(f"  {path}" for path in paths), sep="\n")
     return 0
 
 
 def print_commands(program: str, arguments: str, commands: Mapping[str, str], word: str) -> int:
     """Print the list of commands, as help or because `word` names none of them; return the exit code."""
-    listing = "\n".join(f"  {command:<12} {does}" for command, does in commands.items())
+    width = max(map(len, commands))
+    listing = "\n".join(f"  {command:<{width}}  {does}" for command, does in commands.items())
     more = f"{program} COMMAND --help lists the options."
     usage = f"usage: {program} COMMAND {arguments}\n\ncommands:\n{listing}\n\n{more}"
     if word in ("-h", "--help"):

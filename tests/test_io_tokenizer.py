@@ -93,6 +93,7 @@ def test_added_tokens_of_older_versions_and_another_padding(tmp_path):
         ({"merges.txt": "#version: 0.2\na b c\n"}, "merges.txt: a line is 'a b c', but must hold two pieces"),
         ({"merges.txt": "qq zz\n"}, "vocabulary and merges do not fit each other"),
         ({"tokenizer_config.json": '{"pad_token": "<pad>"}'}, "the vocabulary has no padding token '<pad>'"),
+        ({"tokenizer_config.json": '{"pad_token": [1]}'}, r"pad_token is \[1\], not a token"),
         ({"merges.txt": None, "tokenizer.json": '{"model": {"type": "Unigram"}}'}, "not a CLIP tokenizer"),
         ({"merges.txt": None, "tokenizer.json": "{}"}, "not a tokenizer of the `tokenizers` library"),
     ],

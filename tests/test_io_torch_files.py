@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 import zipfile
 from collections import OrderedDict
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.torch_files import MAX_PICKLE_BYTES, read_state_dict, read_torch
+from jaxdiff.io.torch_files import MAX_PICKLE_BYTES, read_checkpoint, read_state_dict, read_torch
 
 X = torch.arange(24.0).reshape(4, 6)
 FLOATS = ["float64", "float32", "float16", "bfloat16", "complex64", "complex128"]
@@ -398,7 +399,7 @@ def test_a_bomb_of_overlapping_records_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        (X, "holds a ndarray instead of names and tensors"),
+        (X, "holds a tensor instead of names and tensors"),
         ({"state_dict": {"a": X}}, r"holds 'state_dict', which is no tensor; .* save the model's state_dict\(\) alone"),
         ({}, "holds no tensors"),
     ],
@@ -406,3 +407,82 @@ def test_a_bomb_of_overlapping_records_is_refused(tmp_path):
 def test_a_state_dict_is_names_and_tensors_alone(tmp_path, value, sentence):
     with pytest.raises(InputError, match=sentence):
         read_state_dict(saved(tmp_path / "a.pt", value))
+
+
+# --- one tensor at a time
+
+
+def test_a_state_dict_is_read_one_tensor_at_a_time(tmp_path):
+    tensors = {"a": X, "turned": X.t(), "half": X.half(), "none": torch.zeros(0, 3), "big": X.to(torch.bfloat16)}
+    path = saved(tmp_path / "a.pt", tensors)
+    # Damage one tensor: it is found when that is read, and hinders no other.
+    data = bytearray(path.read_bytes())
+    data[data.index(X.half().numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+    found = read_state_dict(path)
+    assert found.specs["turned"] == ((6, 4), "float32")
+    assert found.specs["big"] == ((4, 6), "bfloat16")
+    for name in tensors.keys() - {"half"}:
+        assert_same(found[name], tensors[name])
+    with pytest.raises(InputError, match=r"a\.pt: truncated or damaged \(Bad CRC-32"):
+        found["half"]
+    with pytest.raises(KeyError):
+        found["absent"]
+
+
+# --- checkpoints of Lightning
+
+
+def save_with_class(path, make, module="pytorch_lightning.callbacks.model_checkpoint", name="ModelCheckpoint"):
+    """Save what `make` makes of a class that exists only while it is saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        names = module.split(".")
+        for i in range(len(names)):
+            patch.setitem(sys.modules, ".".join(names[: i + 1]), types.ModuleType(".".join(names[: i + 1])))
+        made = type(name, (), {"__module__": module, "__reduce__": lambda self: (made, ("x",), {"state": 1})})
+        made.__init__ = lambda self, *args: None
+        setattr(sys.modules[module], name, made)
+        return saved(path, make(made))
+
+
+def test_what_stands_beside_a_state_dict_is_thrown_away(tmp_path):
+    numbers = {"best_model_score": np.float32(0.5), "best": X[0], "step": np.int64(3)}
+    for make in (
+        lambda made: {"state_dict": {"a": X}, "callbacks": {made: numbers}},
+        lambda made: {"state_dict": {"a": X}, "callbacks": [made, made(), (made(),)]},
+    ):
+        path = save_with_class(tmp_path / "a.ckpt", make)
+        found = read_checkpoint(path)
+        assert list(found) == ["a"]
+        assert_same(found["a"], X)
+        with pytest.raises(InputError, match=r"asks to import pytorch_lightning\S+ModelCheckpoint"):
+            read_state_dict(path)
+    assert list(read_checkpoint(saved(tmp_path / "b.ckpt", {"a": X}))) == ["a"]
+
+
+def test_a_checkpoint_names_nothing_else(tmp_path):
+    path = save_with_class(
+        tmp_path / "a.ckpt", lambda made: {"state_dict": {"a": X}, "x": made}, "lightning.os", "system"
+    )
+    with pytest.raises(InputError, match=r"a\.ckpt: asks to import lightning\.os\.system, which tensors do not need"):
+        read_checkpoint(path)
+    ran = tmp_path / "ran"
+    path = saved(tmp_path / "a.ckpt", {"state_dict": {"a": X}, "callbacks": Runs(os.system, f"touch {ran}")})
+    with pytest.raises(InputError, match=rf"asks to import {os.system.__module__}\.system"):
+        read_checkpoint(path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda made: {"state_dict": {"a": X, "x": made}},
+        lambda made: {"state_dict": {made: X}},
+        lambda made: {"state_dict": made},
+        lambda made: made,
+        lambda made: {"state_dict": {}},
+    ],
+)
+def test_a_placeholder_is_no_tensor(tmp_path, make):
+    with pytest.raises(InputError, match=r"no tensor|instead of names and tensors"):
+        read_checkpoint(save_with_class(tmp_path / "a.ckpt", make))

@@ -1,17 +1,21 @@
 """Safetensors files against the safetensors package and torch, and every way in which a file can be wrong."""
 
+import gc
 import json
 import struct
+import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 from safetensors.torch import load_file, save_file
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import (
     MAX_JSON_BYTES,
+    LazyTensors,
     check_specs,
     flatten_params,
     load_params,
@@ -73,6 +77,39 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         write_safetensors(path, {"a": np.array([object()])})
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_the_same_bytes_as_the_package_writes(tmp_path):
+    tensors = {
+        "b.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a.bias": np.ones(3, np.float32),
+        "half": np.ones((2, 1), np.float16),
+        "ids": np.arange(3),
+        "é": np.asarray(1, np.float32),
+    }
+    for metadata in (None, {"format": "pt"}):
+        write_safetensors(tmp_path / "a.safetensors", tensors, metadata)
+        assert (tmp_path / "a.safetensors").read_bytes() == save(tensors, metadata)
+
+
+def test_a_write_asks_for_one_tensor_after_another(tmp_path):
+    alive: list[weakref.ref] = []
+
+    def read(name):
+        gc.collect()
+        assert not any(reference() is not None for reference in alive)
+        array = np.full(1000, int(name), np.float32)
+        alive.append(weakref.ref(array))
+        return array
+
+    lazy = LazyTensors({str(i): ((1000,), "float32") for i in range(5)}, read)
+    write_safetensors(tmp_path / "a.safetensors", lazy)
+    assert len(alive) == 5
+    assert {name: tensor[0] for name, tensor in read_safetensors(tmp_path / "a.safetensors").items()} == {
+        str(i): i for i in range(5)
+    }
+    with pytest.raises(KeyError):
+        lazy["9"]
 
 
 def test_names_lead_back():

@@ -17,7 +17,9 @@ DOUBLES = ("*.fp16.*", "*non_ema*", "*/*/*")
 """Copies of the weights in another precision or state, and what lies deeper than any file we read."""
 
 
-def find_source(source: str, weights: Sequence[Sequence[str]], revision: str | None = None) -> Path:
+def find_source(
+    source: str, weights: Sequence[Sequence[str]], revision: str | None = None, small: Sequence[str] = ()
+) -> Path:
     """Return a local path for a path or a hub name, downloading the latter's configs and weights into the hub's cache.
 
     Args:
@@ -25,6 +27,7 @@ def find_source(source: str, weights: Sequence[Sequence[str]], revision: str | N
       weights: patterns of the files that hold weights, the best format first; another is only downloaded where the
         hub has no file of the first.
       revision: branch, tag or commit on the hub.
+      small: patterns of further files, downloaded in any case.
 
     Raises:
       InputError: nothing is there, or the hub does not answer; or a revision of something local was asked for.
@@ -40,9 +43,8 @@ def find_source(source: str, weights: Sequence[Sequence[str]], revision: str | N
 
     for patterns in weights:
         try:
-            folder = snapshot_download(
-                source, revision=revision, allow_patterns=[*DOWNLOADED, *patterns], ignore_patterns=list(DOUBLES)
-            )
+            wanted = [*DOWNLOADED, *small, *patterns]
+            folder = snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=list(DOUBLES))
         except Exception as error:  # the hub's client raises many types, of several packages
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.serialization import msgpack_restore, msgpack_serialize
+from flax.serialization import msgpack_serialize
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch
+from jaxdiff.io.msgpack_files import read_msgpack
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.torch_files import read_state_dict
 from jaxdiff.io.torch_layout import as_float32, from_torch, to_torch
@@ -113,21 +114,6 @@ def check_leaves(origin: str, tensors: Mapping[str, np.ndarray], expected: Mappi
     for name in wanted:
         check_finite(origin, name, tensors[name])
         yield name, np.asarray(tensors[name], np.float32)
-
-
-def read_msgpack(path: Path) -> dict[str, Any]:
-    """Return the tree in a file that flax wrote.
-
-    Raises:
-      InputError: it cannot be read, or holds no tree.
-    """
-    try:
-        tree = msgpack_restore(path.read_bytes())
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: truncated, or not a msgpack file of flax ({error}); get it again") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: must hold a tree of parameters, holds a {type(tree).__name__}")
-    return tree
 
 
 def write_leaves(

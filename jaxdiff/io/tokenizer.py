@@ -197,6 +197,8 @@ def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int
         raise InputError(f"{path}: must give each token a number")
     pad = settings.get("pad_token", END)
     pad = pad.get("content") if isinstance(pad, dict) else pad
+    if not isinstance(pad, str | None):
+        raise InputError(f"{config}: pad_token is {pad!r}, not a token")
     try:
         tokenizer = CLIPTokenizer(vocab, merges, context_length, pad or END, added)
     except InputError as error:

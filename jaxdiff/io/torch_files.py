@@ -2,7 +2,9 @@
 
 Such a file is a zip archive: a pickle that describes the tensors, and one record with the bytes of each storage. A
 pickle is a program, so Python's own unpickler is not used: `_interpret` follows the instructions that tensors need and
-no others, and all that the program may call stands in `_KNOWN`.
+no others, and all that the program may call stands in `_KNOWN`. That is stricter than torch.load's weights_only, which
+runs in a process like any other: nothing here can import, call or set anything that the file names, and sizes are
+checked before memory is taken for them. So no child process is needed to hold what a hostile file might start.
 """
 
 import math
@@ -10,7 +12,8 @@ import pickletools
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.weights import LazyTensors
 
 MAX_PICKLE_BYTES = 2**22
 """Longest pickle that is read; a tensor needs about 200 bytes of it."""
@@ -35,18 +39,64 @@ def read_torch(path: Path) -> Any:
     Raises:
       InputError: not a zip file of torch.save, damaged, or it asks for anything that tensors do not need.
     """
+    with _blaming(path), _open_archive(path) as archive:
+        records = _Records(archive, path.stat().st_size, keeps_all=True)
+        return _interpret(records, _KNOWN, finish=_View.read)
+
+
+def read_state_dict(path: Path) -> LazyTensors:
+    """Open a file that holds names and tensors, and nothing else; each access reads one tensor.
+
+    Raises:
+      InputError: as `read_torch`, or something else is in it.
+    """
+    with _blaming(path):
+        value, records = _interpret_lazily(path, _KNOWN)
+    return _as_tensors(path, value, records)
+
+
+def read_checkpoint(path: Path) -> LazyTensors:
+    """Open the state dict of a checkpoint of PyTorch Lightning, or one that was saved alone, as `read_state_dict` does.
+
+    What a checkpoint holds beside its state dict is thrown away, so the few names of `_THROWN_AWAY` may stand there:
+    they become a placeholder that does nothing, whatever is done to it.
+
+    Raises:
+      InputError: as `read_state_dict`.
+    """
+    with _blaming(path):
+        value, records = _interpret_lazily(path, _KNOWN | dict.fromkeys(_THROWN_AWAY, _INERT))
+    inner = value.get("state_dict") if isinstance(value, dict) else None
+    return _as_tensors(path, value if inner is None else inner, records)
+
+
+def _as_tensors(path: Path, value: Any, records: "_Records") -> LazyTensors:
+    """Return the tensors of a state dict, checked to be one."""
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {_describe(value)} instead of names and tensors")
+    others = [name for name, tensor in value.items() if not (isinstance(tensor, _View) and isinstance(name, str))]
+    if others or not value:
+        raise InputError(
+            f"{path}: {f'holds {others[0]!r}, which is no tensor' if others else 'holds no tensors'}; load it with "
+            "torch and save the model's state_dict() alone"
+        )
+
+    def read(name: str) -> np.ndarray:
+        with _blaming(path):
+            return value[name].read()
+
+    return LazyTensors({name: (view.size, view.dtype.name) for name, view in value.items()}, read)
+
+
+def _describe(value: Any) -> str:
+    return "tensor" if isinstance(value, _View) else type(value).__name__.strip("_").lower()
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn what is found wrong into a sentence about the file."""
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        if start[:1] == b"\x80":
-            raise InputError(
-                f"{path}: a bare pickle, as torch before 1.6 wrote; load it with torch and save it again with "
-                "torch >= 1.6, or as safetensors"
-            )
-        if start != b"PK\x03\x04":
-            raise InputError(f"{path}: not a file of torch.save")
-        with zipfile.ZipFile(path) as archive:
-            return _interpret(*_open_records(archive, path.stat().st_size))
+        yield
     except _RefusedImport as error:
         raise InputError(
             f"{path}: asks to import {error}, which tensors do not need, so it may run code; where you trust it, load "
@@ -63,24 +113,6 @@ def read_torch(path: Path) -> Any:
         raise InputError(f"{path}: not the tensors that torch.save writes ({error}); is it damaged?") from error
 
 
-def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a file that holds names and tensors, and nothing else.
-
-    Raises:
-      InputError: as `read_torch`, or something else is in it.
-    """
-    value = read_torch(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__} instead of names and tensors")
-    others = [name for name, tensor in value.items() if not isinstance(tensor, np.ndarray)]
-    if others or not value:
-        raise InputError(
-            f"{path}: {f'holds {others[0]!r}, which is no tensor' if others else 'holds no tensors'}; load it with "
-            "torch and save the model's state_dict() alone"
-        )
-    return value
-
-
 class _RefusedImport(Exception):  # noqa: N818 (becomes an InputError that names the file)
     """A pickle asks for a name that is not known."""
 
@@ -92,13 +124,44 @@ class _StorageType:
     dtype: np.dtype | None
 
 
+class _Inert:
+    """What a name becomes that is thrown away: calls and states make nothing else of it."""
+
+
+_INERT = _Inert()
+
+
 @dataclass(frozen=True)
 class _Storage:
-    """The bytes that tensors are views of."""
+    """Bytes that tensors are views of, not read yet."""
 
-    data: bytes
+    records: "_Records"
+    key: str
+    nbytes: int
     dtype: np.dtype | None
-    swapped: bool
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor that has been described and checked, not read."""
+
+    storage: _Storage
+    dtype: np.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        if math.prod(self.size) == 0:
+            return np.zeros(self.size, self.dtype)
+        width = self.dtype.itemsize
+        data = self.storage.records.read(self.storage.key)
+        flat = np.frombuffer(data, np.uint8, len(data) // width * width)
+        if self.storage.records.swapped:
+            part = width // 2 if self.dtype.kind == "c" else width
+            flat = flat.view(f"u{part}").byteswap()
+        start = flat.view(self.dtype)[self.offset :]
+        return np.lib.stride_tricks.as_strided(start, self.size, [n * width for n in self.stride], writeable=False)
 
 
 @dataclass(frozen=True)
@@ -108,44 +171,97 @@ class _Function:
     call: Callable[..., Any]
 
 
-def _open_records(archive: zipfile.ZipFile, file_size: int) -> tuple[bytes, Callable[[Any], _Storage]]:
-    """Return the pickle of an archive, and what finds a storage by the pickle's name for it."""
-    records = {record.filename: record for record in archive.infolist()}
-    if len(records) < len(archive.infolist()):
-        raise ValueError("two records have one name")
-    # torch compresses nothing, so what claims more bytes than the file has, would unpack to any size.
-    if sum(record.file_size for record in records.values()) > file_size or any(
-        record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size or record.flag_bits & 1
-        for record in records.values()
-    ):
-        raise ValueError("compressed, encrypted or overlapping records")
-    pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise ValueError("it has no data.pkl")
-    folder = pickles[0].removesuffix("data.pkl")
-    if records[pickles[0]].file_size > MAX_PICKLE_BYTES:
-        raise ValueError(f"a pickle of {records[pickles[0]].file_size:,} bytes, over the {MAX_PICKLE_BYTES:,} allowed")
-    order = archive.read(f"{folder}byteorder").decode() if f"{folder}byteorder" in records else "little"
-    if order not in ("little", "big"):
-        raise ValueError(f"byte order {order!r}")
-    storages: dict[str, bytes] = {}
+def _open_archive(path: Path) -> zipfile.ZipFile:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:1] == b"\x80":
+        raise InputError(
+            f"{path}: a bare pickle, as torch before 1.6 wrote; load it with torch and save it again with "
+            "torch >= 1.6, or as safetensors"
+        )
+    if start != b"PK\x03\x04":
+        raise InputError(f"{path}: not a file of torch.save")
+    return zipfile.ZipFile(path)
 
-    def find_storage(name: Any) -> _Storage:
+
+class _Records:
+    """The records of an archive.
+
+    Attributes:
+      pickled: the pickle that describes the tensors.
+      swapped: whether the bytes of numbers stand in the other order than this machine's.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, file_size: int, keeps_all: bool):
+        """Check the archive's directory.
+
+        Args:
+          archive: open; it stays so as long as storages are read.
+          file_size: bytes of the archive.
+          keeps_all: keep every storage that was read, not just the last.
+        """
+        self._archive, self._keeps_all = archive, keeps_all
+        self._cache: dict[str, bytes] = {}
+        self._sizes = {record.filename: record.file_size for record in archive.infolist()}
+        if len(self._sizes) < len(archive.infolist()):
+            raise ValueError("two records have one name")
+        # torch compresses nothing, so what claims more bytes than the file has, would unpack to any size.
+        if sum(self._sizes.values()) > file_size or any(
+            record.compress_type != zipfile.ZIP_STORED
+            or record.compress_size != record.file_size
+            or record.flag_bits & 1
+            for record in archive.infolist()
+        ):
+            raise ValueError("compressed, encrypted or overlapping records")
+        pickles = [name for name in self._sizes if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("it has no data.pkl")
+        if (size := self._sizes[pickles[0]]) > MAX_PICKLE_BYTES:
+            raise ValueError(f"a pickle of {size:,} bytes, over the {MAX_PICKLE_BYTES:,} allowed")
+        self._folder = pickles[0].removesuffix("data.pkl")
+        self.pickled = archive.read(pickles[0])
+        order = f"{self._folder}byteorder"
+        order = archive.read(order).decode() if order in self._sizes else "little"
+        if order not in ("little", "big"):
+            raise ValueError(f"byte order {order!r}")
+        self.swapped = order != sys.byteorder
+
+    def find(self, name: Any) -> _Storage:
+        """Return a storage by the pickle's name for it."""
         kind, storage_type, key, _device, numel = name
         if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
             raise ValueError("it refers to something that is no storage")
-        if key not in storages:
-            storages[key] = archive.read(f"{folder}data/{key}")  # compares the checksum
+        record = f"{self._folder}data/{key}"
+        if record not in self._sizes:
+            raise ValueError(f"there is no item named {record!r} in the archive")
         expected = _check_type(numel, int) * (storage_type.dtype.itemsize if storage_type.dtype else 1)
-        if len(storages[key]) != expected:
-            raise ValueError(f"storage {key} has {len(storages[key]):,} bytes instead of {expected:,}")
-        return _Storage(storages[key], storage_type.dtype, order != sys.byteorder)
+        if self._sizes[record] != expected:
+            raise ValueError(f"storage {key} has {self._sizes[record]:,} bytes instead of {expected:,}")
+        return _Storage(self, key, expected, storage_type.dtype)
 
-    return archive.read(pickles[0]), find_storage
+    def read(self, key: str) -> bytes:
+        """Return the bytes of a storage."""
+        if key not in self._cache:
+            if not self._keeps_all:
+                self._cache.clear()
+            self._cache[key] = self._archive.read(f"{self._folder}data/{key}")  # compares the checksum
+        return self._cache[key]
 
 
-def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
-    """Return what a pickle describes, following only the instructions that tensors in containers need."""
+def _interpret_lazily(path: Path, known: Mapping[str, Any]) -> tuple[Any, _Records]:
+    """Return what a file describes, with a `_View` for each tensor, and the records, which stay open."""
+    records = _Records(_open_archive(path), path.stat().st_size, keeps_all=False)
+    return _interpret(records, known, finish=lambda view: view), records
+
+
+def _interpret(records: _Records, known: Mapping[str, Any], finish: Callable[[_View], Any]) -> Any:
+    """Return what a pickle describes, following only the instructions that tensors in containers need.
+
+    Args:
+      records: where the pickle lies, and the storages that it names.
+      known: every name that it may ask for, and what it gets.
+      finish: what becomes of each tensor.
+    """
     stack: list[Any] = []
     below: list[list[Any]] = []  # what each open MARK has set aside
     memo: dict[Any, Any] = {}
@@ -155,7 +271,7 @@ def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
         items, stack = stack, below.pop()
         return items
 
-    for opcode, arg, _ in pickletools.genops(pickled):
+    for opcode, arg, _ in pickletools.genops(records.pickled):
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -187,7 +303,7 @@ def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
             case "SETITEM" | "SETITEMS":
                 items = to_mark() if opcode.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
                 for key, value in zip(items[::2], items[1::2], strict=True):
-                    if not isinstance(key, str | int):
+                    if not isinstance(key, str | int | _Inert):
                         raise ValueError("a key that is neither text nor a number")
                     _check_type(stack[-1], dict)[key] = value
             case "BINPUT" | "LONG_BINPUT":
@@ -197,18 +313,20 @@ def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])
             case "GLOBAL":
-                stack.append(_look_up(str(arg).replace(" ", ".")))
+                stack.append(_look_up(known, str(arg).replace(" ", ".")))
             case "STACK_GLOBAL":
-                stack[-2:] = [_look_up(".".join(_last(stack, 2)))]
+                stack[-2:] = [_look_up(known, ".".join(_last(stack, 2)))]
             case "BINPERSID":
-                stack.append(find_storage(stack.pop()))
+                stack.append(records.find(stack.pop()))
             case "REDUCE":
-                args = _check_type(stack.pop(), tuple)
-                stack.append(_check_type(stack.pop(), _Function).call(*args))
+                args, function = _check_type(stack.pop(), tuple), stack.pop()
+                value = _INERT if function is _INERT else _check_type(function, _Function).call(*args)
+                stack.append(finish(value) if isinstance(value, _View) else value)
             case "BUILD":
                 # The attributes of a state dict (versions of its modules), which nothing here needs.
                 stack.pop()
-                _check_type(stack[-1], OrderedDict)
+                if stack[-1] is not _INERT:
+                    _check_type(stack[-1], OrderedDict)
             case _:
                 raise ValueError(f"instruction {opcode.name}, which tensors do not need")
     raise ValueError("it has no end")
@@ -226,43 +344,45 @@ def _check_type(value: Any, kind: type) -> Any:
     return value
 
 
-def _look_up(name: str) -> Any:
-    if name not in _KNOWN:
+def _look_up(known: Mapping[str, Any], name: str) -> Any:
+    if name not in known:
         raise _RefusedImport(name)
-    return _KNOWN[name]
+    return known[name]
 
 
-def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> np.ndarray:
+def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> _View:
     """Stand in for torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
     if metadata:
         raise ValueError("a view that is conjugated or negated; save its clone()")
     return _view(storage, _check_type(storage, _Storage).dtype, offset, size, stride)
 
 
-def _tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> np.ndarray:
+def _tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> _View:
     """Stand in for torch._utils._rebuild_tensor_v3, for types that have no storage class."""
     return _tensor(replace(_check_type(storage, _Storage), dtype=dtype), offset, size, stride, metadata=metadata)
 
 
-def _view(storage: _Storage, dtype: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
+def _view(storage: _Storage, dtype: Any, offset: Any, size: Any, stride: Any) -> _View:
     """Return a view of a storage, having checked that it lies inside."""
     _check_type(dtype, np.dtype)
     numbers = (offset, *_check_type(size, tuple), *_check_type(stride, tuple))
     if len(numbers) != 1 + 2 * min(len(size), 64) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("a tensor whose size, stride and offset do not fit each other")
-    numel, available = math.prod(size), len(storage.data) // dtype.itemsize
+    numel, available = math.prod(size), storage.nbytes // dtype.itemsize
     if numel == 0:
-        return np.zeros(size, dtype)
-    if offset + sum((n - 1) * step for n, step in zip(size, stride)) >= available:
+        np.zeros(size, dtype)  # refuses what is too large for an array
+    elif offset + sum((n - 1) * step for n, step in zip(size, stride)) >= available:
         raise ValueError(f"a tensor of size {size}, stride {stride} and offset {offset} in {available} elements")
-    if numel > max(available, MAX_REPEATED):
+    elif numel > max(available, MAX_REPEATED):
         raise ValueError(f"a tensor of {numel:,} elements that repeats {available:,}; save its clone()")
-    flat = np.frombuffer(storage.data, np.uint8, available * dtype.itemsize)
-    if storage.swapped:
-        part = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
-        flat = flat.view(f"u{part}").byteswap()
-    steps = [step * dtype.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(flat.view(dtype)[offset:], size, steps, writeable=False)
+    return _View(storage, dtype, offset, size, stride)
+
+
+def _parameter(data, requires_grad, hooks) -> Any:
+    """Stand in for torch._utils._rebuild_parameter."""
+    if not isinstance(data, np.ndarray | _View):
+        raise ValueError(f"a {_describe(data)} in the place of a tensor")
+    return data
 
 
 _DTYPES = {
@@ -302,9 +422,18 @@ _KNOWN: dict[str, Any] = {
     "torch._utils._rebuild_tensor": _Function(_tensor),
     "torch._utils._rebuild_tensor_v2": _Function(_tensor),
     "torch._utils._rebuild_tensor_v3": _Function(_tensor_v3),
-    "torch._utils._rebuild_parameter": _Function(lambda data, requires_grad, hooks: _check_type(data, np.ndarray)),
+    "torch._utils._rebuild_parameter": _Function(_parameter),
     "torch.storage.UntypedStorage": _StorageType(None),
     **{f"torch.{name}Storage": _StorageType(_DTYPES[dtype]) for name, dtype in _STORAGES.items()},
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
 }
 """Every name that a pickle may ask for, and what it gets."""
+_THROWN_AWAY = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+"""What Lightning's checkpoints name beside their state dict: a callback as a key, and its best score as a number."""

@@ -1,21 +1,24 @@
-"""Parameters in safetensors files: read one tensor at a time, checked before and after, written whole or not at all.
+"""Parameters in safetensors files: one tensor in memory at a time, checked on both sides, written whole or not at all.
 
 A file is 8 bytes of length (little-endian), that many bytes of JSON which describe the tensors, then their bytes. The
 length and the JSON are checked here, because a hostile file could otherwise ask for any amount of memory or hold two
-tensors of one name; the places of the tensors are checked by the safetensors package.
+tensors of one name; the places of the tensors are checked by the safetensors package. Files are written here, because
+the package would take all tensors at once.
 """
 
+import json
+import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, by which safetensors asks for it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.strict_json import MAX_JSON_BYTES, parse_json, read_strict_json
@@ -41,6 +44,30 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+
+
+@dataclass(frozen=True)
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Tensors by name, each read or made when it is asked for.
+
+    Attributes:
+      specs: shape and dtype of every tensor.
+      read: from a name to its tensor.
+    """
+
+    specs: Mapping[str, Spec]
+    read: Callable[[str], np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.specs:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
 
 
 class TensorFile(Mapping[str, np.ndarray]):
@@ -114,15 +141,23 @@ def read_safetensors(path: Path) -> TensorFile | ShardedTensors:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors (NumPy or JAX arrays) to one file, whole or not at all."""
+    """Write tensors (NumPy or JAX arrays) to one file, whole or not at all, asking for one after another.
+
+    Raises:
+      InputError: a dtype that safetensors lacks.
+      OSError: it cannot be written.
+    """
+    specs = getattr(tensors, "specs", None) or {name: spec_of(tensor) for name, tensor in tensors.items()}
+    header, names = _make_header(path, specs, metadata)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        # In C order, because the package writes the bytes as they lie.
-        arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-        save_file(arrays, partial, dict(metadata or {}))
+        with partial.open("wb") as file:
+            file.write(header)
+            for name in names:
+                file.write(_bytes_of(tensors[name], specs[name]))
         os.replace(partial, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -228,6 +263,32 @@ def list_faults(**faults: Collection[str]) -> str:
 
 def _show(spec: Spec) -> str:
     return f"{spec[1]}[{', '.join(map(str, spec[0]))}]"
+
+
+def _bytes_of(tensor: Any, spec: Spec) -> memoryview:
+    """Return the bytes of a tensor, which must be what was announced, in C order."""
+    array = np.asarray(tensor, order="C")
+    assert spec_of(array) == spec, f"{spec_of(array)} instead of {spec}"
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _make_header(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
+    """Return the beginning of a file, and the tensors in the order in which their bytes follow."""
+    codes = {name: code for code, name in _DTYPES.items()}
+    for name, (_, dtype) in specs.items():
+        if dtype not in codes:
+            raise InputError(f"{path}: {name} is of dtype {dtype}, which a safetensors file cannot hold")
+    # The widest first, so that each lies at a multiple of its width.
+    names = sorted(specs, key=lambda name: (-np.dtype(specs[name][1]).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        shape, dtype = specs[name]
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, names
 
 
 def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:

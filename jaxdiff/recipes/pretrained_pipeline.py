@@ -296,7 +296,8 @@ def read_models(
     if scheduler is None:
         raise InputError(f"{name}: has no scheduler/{SCHEDULER}; download the whole folder")
     modules: list[Any] = [model.module for model in models.values()]
-    model = StableDiffusion(*modules, *translate_scheduler(scheduler))
+    diffusion, defaults, sampler = translate_scheduler(scheduler)
+    model = StableDiffusion(*modules, diffusion=diffusion, defaults=defaults, sampler=sampler)
     check_fit(name, model)
     return models, model
 

@@ -146,11 +146,10 @@ def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, me
         "sampling": sampler.lower(params["unet"], latents, keys, context, nothing),
         "decoding": decoder.lower(params, latents),
     }
-    lines = [f"weights                     {weights / 1e9:8.2f} GB"]
-    most = 0
+    found = {"weights": weights}
     for name, program in needs.items():
         analysis = program.compile().memory_analysis()
         extra = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-        most = max(most, extra)
-        lines.append(f"{name}, {batch} pictures at once  {extra / 1e9:8.2f} GB")
-    return "\n".join([*lines, f"in all, at the most         {(weights + most) / 1e9:8.2f} GB"])
+        found[f"{name}, {batch} pictures at once"] = extra
+    found["in all, at the most"] = weights + max(list(found.values())[1:])
+    return "\n".join(f"{name:<32} {size / 1e9:8.2f} GB" for name, size in found.items())

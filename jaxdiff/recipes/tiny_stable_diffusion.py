@@ -1,13 +1,16 @@
 """A Stable Diffusion with few, random parameters: it draws noise, by the code that draws pictures."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxdiff.io.digit_captions import caption_vocabulary
 from jaxdiff.io.tokenizer import BEGIN, END, CLIPTokenizer
+from jaxdiff.io.weights import flatten_params, unflatten_params
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.clip_config import CLIPTextConfig
 from jaxdiff.models.conditional_unet import ConditionalUNetConfig
@@ -63,8 +66,21 @@ def make_tiny(dtype: DTypeLike, decode_dtype: DTypeLike) -> tuple[FlaxStableDiff
     """
     dtypes = {"text_encoder": dtype, "unet": dtype, "vae": decode_dtype}
     models, model = tiny_models(dtypes)
-    keys = jax.random.split(jax.random.key(0), len(models))
-    params = {part: cast(found.init_weights(key), dtypes[part]) for (part, found), key in zip(models.items(), keys)}
+    rng = np.random.default_rng(0)
+    params = {part: cast(draw_params(found.params_shape_tree, rng), dtypes[part]) for part, found in models.items()}
     return FlaxStableDiffusionPipeline(
         **models, tokenizer=CLIPTokenizer(*caption_vocabulary()), model=model, files={}
     ), params
+
+
+def draw_params(shapes: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Return normal kernels that keep about the variance of what comes in, scales of 1 and biases of 0."""
+    params = {}
+    for name, leaf in flatten_params(shapes).items():
+        kind = name.split(".")[-1]
+        fan_in = max(1, math.prod(leaf.shape[:-1])) if kind == "kernel" else 1
+        value = np.full(leaf.shape, float(kind == "scale"), np.float32)
+        if kind in ("kernel", "embedding"):
+            value = rng.standard_normal(leaf.shape, np.float32) / np.float32(math.sqrt(fan_in))
+        params[name] = jnp.asarray(value)
+    return unflatten_params(params)
