@@ -12,6 +12,7 @@ from typing import Any
 from jaxdiff.errors import InputError
 from jaxdiff.io.strict_json import decode, read_strict_json
 from jaxdiff.io.weights import LazyTensors
+from jaxdiff.recipes.diffusers_config import AUTOENCODER, AUTOENCODER_FIXED, LATENT_UNET, LATENT_UNET_FIXED
 from weights_convert.sd_layout import Layout, TextLayout, UNetLayout, VAELayout
 from weights_convert.sd_tables import Row, text_rows, unet_rows, vae_rows
 
@@ -36,52 +37,19 @@ SCHEDULE_DEFAULTS: dict[str, Any] = {
     "prediction_type": "epsilon",
 }
 
-UNET_DEFAULTS: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "only_cross_attention": False,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "cross_attention_dim": 1280,
-    "transformer_layers_per_block": 1,
-    "attention_head_dim": 8,
-    "use_linear_projection": False,
-    "resnet_time_scale_shift": "default",
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional",
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "attention_type": "default",
-    "dual_cross_attention": False,
-    "class_embeddings_concat": False,
+NO_ACCOUNT = {
+    "unet": {"sample_size", "upcast_attention", "dropout", "addition_embed_type_num_heads", "split_head_dim"}
+    | {"use_memory_efficient_attention"},
+    "vae": {"sample_size", "force_upcast"},
+    "text_encoder": {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "initializer_range"}
+    | {"initializer_factor", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id", "dropout"}
+    | {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"},
 }
-VAE_DEFAULTS: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"],
-    "up_block_types": ["UpDecoderBlock2D"],
-    "block_out_channels": [64],
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.18215,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
+"""Keys that change neither tensors nor what is computed of them, but for its precision."""
+UNET_DEFAULTS, VAE_DEFAULTS = (
+    {key: value for key, value in keys.items() if value is not None and key not in NO_ACCOUNT[part]}
+    for part, keys in (("unet", LATENT_UNET | LATENT_UNET_FIXED), ("vae", AUTOENCODER | AUTOENCODER_FIXED))
+)
 TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -94,16 +62,6 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 """What a key that a file lacks means, by the class. Keys that are not here must be null, or are of no account."""
-
-NO_ACCOUNT = {
-    "unet": {"sample_size", "upcast_attention", "dropout", "addition_embed_type_num_heads", "split_head_dim"}
-    | {"use_memory_efficient_attention"},
-    "vae": {"sample_size", "force_upcast"},
-    "text_encoder": {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "initializer_range"}
-    | {"initializer_factor", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id", "dropout"}
-    | {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"},
-}
-"""Keys that change neither tensors nor what is computed of them, but for its precision."""
 
 
 @dataclass(frozen=True)

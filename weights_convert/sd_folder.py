@@ -13,11 +13,11 @@ from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.msgpack_files import read_msgpack
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.tokenizer import BEGIN, END, read_tokenizer
-from jaxdiff.io.torch_layout import torch_axes, torch_name
+from jaxdiff.io.torch_layout import modern_name, torch_axes, torch_name
 from jaxdiff.io.weights import LazyTensors, flatten_params, write_safetensors
 from weights_convert.sd_configs import CLASSES, DIFFUSERS_VERSION, Pipeline, read_configs
 from weights_convert.sd_layout import Layout
-from weights_convert.sd_tables import modern_name, to_single
+from weights_convert.sd_tables import to_single
 from weights_convert.source import find_weights, read_tensors
 
 INDEX = "model_index.json"

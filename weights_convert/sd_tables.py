@@ -11,7 +11,6 @@
 A table is made for one layout and holds all names and shapes, so it is strict in both directions.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -272,15 +271,3 @@ def check_source(
             found[name] = shapes[0], found[name][1]
     check_specs(origin, found, {name: (shapes[0], "float32") for name, shapes in wanted.items()})
     return specs
-
-
-_LISTS = "down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net"
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def modern_name(name: str) -> str:
-    """Return today's name of a tensor of diffusers' Flax classes, or of an autoencoder before its version 0.15."""
-    name = re.sub(rf"\b({_LISTS})_(\d+)\b", r"\1.\2", name)
-    return re.sub(
-        rf"(attentions\.\d+)\.({'|'.join(_OLD_ATTENTION)})\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name
-    )

@@ -39,11 +39,13 @@ def torch_name(name: str) -> str:
 
 
 def modern_name(name: str) -> str:
-    """Return today's name of a tensor that torch's autoencoder had under another name until 2023."""
-    *folders, layer, leaf = name.rsplit(".", 2)
-    if folders and re.search(r"mid_block\.attentions\.\d+$", folders[0]):
-        layer = AUTOENCODER_ATTENTION.get(layer, layer)
-    return ".".join([*folders, layer, leaf])
+    """Return today's torch name of a tensor of diffusers' Flax classes, or of an autoencoder of before 2023."""
+    attention = "|".join(AUTOENCODER_ATTENTION)
+    return re.sub(
+        rf"(attentions\.\d+)\.({attention})\.",
+        lambda match: f"{match[1]}.{AUTOENCODER_ATTENTION[match[2]]}.",
+        NUMBERED.sub(r"\1.\2", name),
+    )
 
 
 def torch_axes(name: str, rank: int) -> tuple[int, ...]:

@@ -295,9 +295,10 @@ def read_models(
     scheduler = open_model(name, revision, "scheduler", **options)(SCHEDULER)
     if scheduler is None:
         raise InputError(f"{name}: has no scheduler/{SCHEDULER}; download the whole folder")
-    modules: list[Any] = [model.module for model in models.values()]
-    diffusion, defaults, sampler = translate_scheduler(scheduler)
-    model = StableDiffusion(*modules, diffusion=diffusion, defaults=defaults, sampler=sampler)
+    text_encoder: Any = models["text_encoder"].module
+    unet: Any = models["unet"].module
+    vae: Any = models["vae"].module
+    model = StableDiffusion(text_encoder, unet, vae, *translate_scheduler(scheduler))
     check_fit(name, model)
     return models, model
 

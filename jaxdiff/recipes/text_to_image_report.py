@@ -44,7 +44,7 @@ def write_outputs(
     columns = len(pictures) // len(prompts)
     small = np.stack([shrink(picture) for picture in pictures])
     by_prompt = small.reshape(len(prompts), columns, *small.shape[1:])
-    style = GridStyle(cell=max(small.shape[1:3]))
+    style = GridStyle(cell=max(128, *small.shape[1:3]))
     names = [str(number) for number in range(columns)]
     shown = min(GRID_ROWS, len(prompts))
     grid = labelled_grid(
@@ -107,7 +107,9 @@ def shrink(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def strip(pictures: UInt8[np.ndarray, "N H W 3"], gap: int = 6) -> UInt8[np.ndarray, "H W_all 3"]:
-    """Return pictures side by side, in rows of at most four, white between them."""
+    """Return pictures side by side, in rows of at most four, white between them, small ones enlarged."""
+    factor = max(1, 128 // max(pictures.shape[1:3]))
+    pictures = pictures.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, _ = pictures.shape
     columns = min(4, count)
     rows = -(-count // columns)
