@@ -61,6 +61,7 @@ def run(config: Config) -> list[Path]:
     check_writable(config.out)
     prompts = [*config.prompt, *(read_prompts(config.prompts) if config.prompts else ())]
     drawing = prepare(config.model, config.pictures, mesh)
+    drawing.tokenize(prompts)  # refuses what is too long before anything is written
     out = make_folder(config.out)
     drawn = draw_missing(drawing, prompts, config.num_images, out)
     return write_outputs(out, drawing, prompts, drawn, as_json(config), started)

@@ -86,20 +86,25 @@ class TextToImage:
         decode = lambda params, latents: decode_latents(self.model, params, latents)  # noqa: E731
         return jax.jit(decode, out_shardings=replicated(self.mesh))
 
-    def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N S D"]:
-        """Return the vectors of texts, all of one number of tokens.
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "N pieces L"]:
+        """Return the token ids of texts, in as many pieces as the longest needs.
 
         Raises:
           InputError: a text is too long, and not to be taken in pieces.
         """
         texts = [spell_out(text, self.learned) for text in texts]
         if self.settings.long_prompts:
-            ids = self.tokenizer.in_chunks(texts)
-        else:
-            length = self.tokenizer.context_length
-            ids = self.tokenizer(texts, length=length, remedy="encode it in pieces by --long-prompts").input_ids[
-                :, None
-            ]
+            return self.tokenizer.in_chunks(texts)
+        length = self.tokenizer.context_length
+        return self.tokenizer(texts, length=length, remedy="encode it in pieces by --long-prompts").input_ids[:, None]
+
+    def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N S D"]:
+        """Return the vectors of texts, all of one number of tokens.
+
+        Raises:
+          InputError: as `tokenize`.
+        """
+        ids = self.tokenize(texts)
         encode = jax.jit(lambda params, ids: encode_texts(self.model, params, ids), out_shardings=replicated(self.mesh))
         rows = ids.reshape(-1, ids.shape[-1])
         batch = round_up(min(TEXTS_AT_ONCE, len(rows)), self.mesh)

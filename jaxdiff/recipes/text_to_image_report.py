@@ -106,7 +106,7 @@ def shrink(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
     return picture if ratio == 1 else np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
-def strip(pictures: UInt8[np.ndarray, "N H W 3"], gap: int = 6) -> UInt8[np.ndarray, "H W_all 3"]:
+def strip(pictures: UInt8[np.ndarray, "N H W 3"], gap: int = 6) -> UInt8[np.ndarray, "h w 3"]:
     """Return pictures side by side, in rows of at most four, white between them, small ones enlarged."""
     factor = max(1, 128 // max(pictures.shape[1:3]))
     pictures = pictures.repeat(factor, axis=1).repeat(factor, axis=2)

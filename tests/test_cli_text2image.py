@@ -1,0 +1,218 @@
+"""`python -m jaxdiff.text2image` as a user runs it, with the model made on the spot and with folders of diffusers."""
+
+import json
+import os
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import sd_twins
+import torch
+from commands import finish, run_here, start
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from stable_diffusion_twins import make_pipeline
+
+from jaxdiff import text2image
+from jaxdiff.io import hub
+from jaxdiff.io.images import read_png_texts
+from jaxdiff.mesh import make_mesh
+from jaxdiff.recipes.stable_diffusion import encode_texts
+from jaxdiff.recipes.text_to_image_model import prepare
+from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+SMALL = ("--num-steps=2", "--height=16", "--width=16")
+
+
+def draw(*args: str):
+    return run_here(text2image.main, *args)
+
+
+def pixels(folder, prompt: int, number: int) -> np.ndarray:
+    return np.asarray(Image.open(folder / f"{prompt:03d}_{number:03d}.png"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(folder)
+    return folder
+
+
+def test_the_defaults_draw_and_a_rerun_draws_only_what_is_missing(tmp_path):
+    args = (*SMALL, "--prompt", "a photo of a cat", "zwölf Boxkämpfer", "--num-images=2", f"--out={tmp_path}")
+    answer = draw(*args)
+    assert answer.code == 0, answer.err
+    assert "random" in answer.out
+    assert all(path.exists() for path in answer.written)
+    first = pixels(tmp_path, 1, 1)
+    assert first.shape == (16, 16, 3)
+    texts = read_png_texts(tmp_path / "001_001.png")
+    about = json.loads(texts["jaxdiff"])
+    assert (about["prompt"], about["image"], about["sampler"], about["num_steps"]) == ("zwölf Boxkämpfer", 1, "pndm", 2)
+    assert texts["parameters"].startswith(
+        "zwölf Boxkämpfer\nSteps: 2, Sampler: pndm, CFG scale: 7.5, Seed: 0, Size: 16x16"
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["pictures"], results["new_pictures"]) == (4, 4)
+    assert about["sha256"] == results["hashes"]["params"]
+    assert "a photo of a cat" in (tmp_path / "report.html").read_text()
+
+    kept = os.stat(tmp_path / "000_000.png").st_mtime_ns
+    (tmp_path / "001_001.png").write_bytes(b"half a picture")
+    answer = draw(*args)
+    assert "3 of 4 pictures are there already" in answer.out
+    np.testing.assert_array_equal(pixels(tmp_path, 1, 1), first)
+    assert os.stat(tmp_path / "000_000.png").st_mtime_ns == kept
+    assert "2 of 4" not in draw(*args, "--seed=1").out
+    assert np.abs(pixels(tmp_path, 1, 1).astype(int) - first).max() > 0
+
+
+def test_a_picture_depends_on_seed_prompt_and_number_alone(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a photo of a cat\n\na digit\n")
+    file = f"--prompts={tmp_path / 'prompts.txt'}"
+    assert draw(*SMALL, file, "--num-images=3", "--batch-size=2", "--devices=1", f"--out={tmp_path / 'a'}").code == 0
+    other = ("--prompt", "a photo of a cat", "--num-images=2", "--batch-size=8", "--devices=8")
+    assert draw(*SMALL, *other, f"--out={tmp_path / 'b'}").code == 0
+    for number in range(2):
+        difference = pixels(tmp_path / "a", 0, number).astype(int) - pixels(tmp_path / "b", 0, number)
+        assert np.abs(difference).max() <= 1
+    assert np.abs(pixels(tmp_path / "a", 0, 0).astype(int) - pixels(tmp_path / "a", 0, 1)).max() > 10
+
+
+def test_a_single_file_becomes_a_folder_that_draws_the_same(tmp_path):
+    sd_twins.make_pipeline(tmp_path).save_pretrained(tmp_path / "folder")
+    sd_twins.converted(tmp_path / "folder", tmp_path / "single.safetensors")
+    sd_twins.converted(tmp_path / "single.safetensors", tmp_path / "back", "--tokenizer", tmp_path / "vocabulary")
+    for name in ("folder", "back"):
+        answer = draw(*SMALL, "--prompt", "a cat", f"--model={tmp_path / name}", f"--out={tmp_path / name / 'out'}")
+        assert answer.code == 0, answer.err
+    np.testing.assert_array_equal(pixels(tmp_path / "folder" / "out", 0, 0), pixels(tmp_path / "back" / "out", 0, 0))
+
+
+# --- learned words, and prompts of any length
+
+
+def learned(tmp_path) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    return {"<one>": torch.randn(32), "<many>": torch.randn(3, 32)}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "torch", "a1111", "a1111 torch"])
+def test_learned_words_are_read_as_diffusers_reads_them(folder, tmp_path, layout):
+    words = learned(tmp_path)
+    if layout == "diffusers":
+        save_file(words, tmp_path / "words.safetensors")
+        files = [tmp_path / "words.safetensors"]
+    elif layout == "torch":
+        torch.save(words, tmp_path / "words.bin")
+        files = [tmp_path / "words.bin"]
+    else:
+        files = []
+        for word, rows in words.items():
+            rows = torch.atleast_2d(rows)
+            if layout == "a1111":
+                files.append(tmp_path / f"{word}.safetensors")
+                save_file({"emb_params": rows}, files[-1])
+            else:
+                files.append(tmp_path / f"{word}.pt")
+                torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": word}, files[-1])
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    for word, rows in words.items():
+        theirs.load_textual_inversion({word: rows})
+    prompt = "a photo of <many> and of <one> <one>"
+    expected = theirs.encode_prompt(prompt, "cpu", 1, False)[0].detach().numpy()
+    drawing = prepare(LatentModelSettings(str(folder), embeddings=tuple(files)), PictureSettings(), make_mesh(1))
+    np.testing.assert_allclose(drawing.encode([prompt]), expected, rtol=0, atol=1e-5)
+
+
+def test_long_prompts_are_encoded_in_pieces_of_75_tokens(folder):
+    drawing = prepare(LatentModelSettings(str(folder)), PictureSettings(long_prompts=True), make_mesh(1))
+    # Ten letters a word, none of them merged: ten tokens.
+    words = ["xxxxxxxxxx"] * 11
+    found = drawing.encode([" ".join(words), ""])
+    assert found.shape == (2, 2 * 77, 32)
+    # All 110 tokens of the text without its begin and end, 75 to a piece; the second ends in padding.
+    begin, *word, end = drawing.tokenizer(words[:1]).input_ids[0]
+    text = word * 11
+    pieces = [[begin, *text[:75], end], [begin, *text[75:], end, *[end] * 40]]
+    expected = encode_texts(drawing.model, drawing.params, jax.numpy.asarray(pieces))
+    np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=0, atol=1e-6)
+
+
+# --- what is refused
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ((), "--prompt or --prompts must say what to draw"),
+        (("--prompt", " "), "--prompt: one is empty"),
+        (("--prompts=nope.txt",), "--prompts nope.txt: cannot be read"),
+        (("--prompts=empty.txt",), "--prompts empty.txt: holds no prompt"),
+        (("--prompt=a", "--height=20"), "--height must be a multiple of 8 pixels, got 20: try 16"),
+        (("--prompt=a", "--num-steps=0"), "--num-steps must be at least 1, got 0"),
+        (("--prompt=a", "--num-steps=2000"), "--num-steps 2000: num_steps must lie in 1..1000"),
+        (("--prompt=a", "--eta=0.5"), "--eta has no effect without --sampler ddim"),
+        (("--prompt=a", "--negative=b", "--guidance-scale=1"), "--negative has no effect at --guidance-scale 1"),
+        (("--prompt=a", "--guidance-scale=inf"), "--guidance-scale must be finite"),
+        (("--prompt=a", "--seed=-1"), "--seed must lie in [0, 2^32)"),
+        (("--prompt=a", "--revision=main"), "--revision has no effect with --model tiny"),
+        (("--prompt=a", "--model=owner/none"), "the Hugging Face hub cannot be reached"),
+        (("--prompt=a", "--model=./none"), "./none: no such folder"),
+        (("--prompt=a", "--model=."), "has no model_index.json, so it is no folder of a diffusers pipeline"),
+        (("--prompt=a", "--embeddings=none.bin"), "--embeddings none.bin: no such file"),
+        (("--prompt=a", "--embeddings=wide.safetensors"), "<w>: its vectors have 5 numbers, but this model's tokens"),
+        (("--prompt=a", "--embeddings=known.safetensors"), "a</w> stands for something already"),
+        (("--prompt=a", "--embeddings", "wide.safetensors", "again.safetensors"), "<w> is in another"),
+        (("--prompt=" + "photo " * 80,), "'photo photo photo photo photo ' would be lost"),
+        (("--prompt=a", "--dtype=float64"), "invalid choice 'float64'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_one_sentence(tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    save_file({"<w>": torch.zeros(5)}, tmp_path / "wide.safetensors")
+    save_file({"<w>": torch.zeros(5)}, tmp_path / "again.safetensors")
+    save_file({"a</w>": torch.zeros(64)}, tmp_path / "known.safetensors")
+    answer = draw(*flags)
+    assert answer.code == 2
+    assert sentence in answer.sentence
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_reads_no_weights(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.safetensors"):
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    answer = draw("--model=copy", "--dry-run", *SMALL)
+    assert answer.code == 0, answer.err
+    assert re.search(r"in all, at the most +\d+\.\d\d GB", answer.out)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_interrupting_loses_no_picture(tmp_path, quick_settings):
+    args = ["--prompt=a", "--num-images=200", "--batch-size=1", *SMALL, f"--out={tmp_path / 'out'}"]
+    process = start("jaxdiff.text2image", *args)
+    while process.poll() is None and not (tmp_path / "out" / "000_002.png").exists():
+        pass
+    process.send_signal(2)
+    answer = finish(process)
+    assert answer.code == 130, answer.err
+    assert "run the same command again to go on" in answer.err
+    assert "Traceback" not in answer.err
+    done = sorted((tmp_path / "out").glob("*.png"))
+    assert 3 <= len(done) < 200
+    assert all(read_png_texts(path) for path in done)
