@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff.io.case_sheet import Case, case_sheet
+from jaxdiff.io.heat_map import block_size, heat_map
 from jaxdiff.io.images import write_png
 from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.io.report import Confusion, Figure, Picture, Report, Section, Table, write_report
@@ -64,7 +65,10 @@ def write_outputs(
         sections += [
             Section(
                 f"Cases{name}",
-                [Picture(sheet, f"{kind.capitalize()}, drawn by the seed.", wide=True) for kind, sheet in sheets],
+                [
+                    Picture(sheet, f"{kind.capitalize()}, drawn by the seed. The true class has a blue bar.", wide=True)
+                    for kind, sheet in sheets
+                ],
             ),
             classes_section(f"Classes{name}", result, images),
         ]
@@ -187,26 +191,19 @@ def classes_section(title: str, result: Result, images: LabelledImages) -> Secti
     if len(names) <= MATRIX_CLASSES:
         blocks.append(Confusion(counts, names, caption, rows="true class"))
     else:
-        blocks.append(Picture(heat_map(counts), f"{caption} Darker is more of the row; the diagonal is recognised."))
-    pairs = [[names[row], names[column], f"{count:,}"] for row, column, count in confused_pairs(counts, PAIRS)]
+        caption += " Classes by number, as in per_class.csv; darker is more of the row; blue is the diagonal."
+        if block_size(len(names)) > 1:
+            caption += f" A cell is {block_size(len(names))} neighbouring classes wide and high."
+        blocks.append(Picture(heat_map(counts, "true class", "recognised class"), caption, wide=True))
+    pairs = [[f"{names[row]} → {names[column]}", f"{n:,}"] for row, column, n in confused_pairs(counts, PAIRS)]
     if pairs:
-        blocks.append(Table(["true class", "taken for", "pictures"], pairs, "The most frequent errors."))
+        blocks.append(Table(["true class → taken for", "pictures"], pairs, "The most frequent errors."))
     found = recalls(answers, len(names))
     totals = counts.sum(axis=1)
     order = [number for number in np.argsort(found, kind="stable")[:WORST] if totals[number]]
     rows = [[names[n], percent(found[n]), f"{counts[n, n]:,} of {totals[n]:,}"] for n in order]
     blocks.append(Table(["class", "recall", "pictures"], rows, "The classes of lowest recall; per_class.csv has all."))
     return Section(title, blocks)
-
-
-def heat_map(counts: np.ndarray, side: int = 900) -> np.ndarray:
-    """Return a confusion matrix as a picture: the square root of each cell's share of its row, so that errors show."""
-    shares = np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))[..., None]
-    diagonal = np.eye(len(counts), dtype=bool)[..., None]
-    ink = np.where(diagonal, np.array([35, 87, 198]), np.array([205, 92, 20]))
-    pixels = np.rint(255 + shares * (ink - 255)).astype(np.uint8)
-    factor = max(1, side // len(counts))
-    return np.repeat(np.repeat(pixels, factor, axis=0), factor, axis=1)
 
 
 def skipped_section(skipped: Sequence[str]) -> Section:
