@@ -106,7 +106,7 @@ class CLIPTokenizer:
         Raises:
           InputError: a text is longer than `context_length` and is not to be truncated; the message says which.
         """
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        rows = self._rows(texts)
         for text, row in zip(texts, rows):
             if len(row) > self.context_length and not truncate:
                 raise InputError(
@@ -120,6 +120,13 @@ class CLIPTokenizer:
         for number, row in enumerate(rows):
             ids[number, : len(row)], mask[number, : len(row)] = row, 1
         return Tokens(ids, mask)
+
+    def count_too_long(self, texts: Sequence[str]) -> int:
+        """Return how many texts have more than `context_length` tokens."""
+        return sum(len(row) > self.context_length for row in self._rows(texts))
+
+    def _rows(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
 
 def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int) -> CLIPTokenizer:

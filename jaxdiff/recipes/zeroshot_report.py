@@ -19,6 +19,7 @@ from jaxdiff.io.runs import read_json, write_results
 from jaxdiff.recipes.classify import choose_cases, confused_pairs, recalls
 from jaxdiff.recipes.digits_report import percent
 from jaxdiff.recipes.judge import confusion_matrix
+from jaxdiff.recipes.prompt_weights import CITATIONS
 from jaxdiff.recipes.zeroshot import Prompts, Result
 
 MATRIX_CLASSES = 60
@@ -52,7 +53,7 @@ def write_outputs(
       mesh: for the name of the device.
       started: `time.perf_counter()` when the command began.
     """
-    paths, sections = [], [models_section(results)]
+    paths, sections = [], [models_section(results, prompts)]
     for result in results:
         ending = "" if len(results) == 1 else "_" + re.sub(r"[^\w.-]+", "-", result.name).strip("-")
         sheets = [(kind, sheet) for kind, sheet in draw_cases(result, images, num_cases, seed) if sheet is not None]
@@ -74,11 +75,14 @@ def write_outputs(
         ]
     if results[0].by_template:
         sections.insert(1, templates_section(results))
+    if results[0].weights:
+        sections.insert(1, weights_section(results, prompts))
     if results[0].skipped:
         sections.append(skipped_section(results[0].skipped))
     figures = {f"{key}.{result.name}": value for result in results for key, value in result.figures.items()}
     for result in results:
         figures |= {f"template.{text}.{result.name}": accuracy for text, accuracy in result.by_template.items()}
+        figures |= {f"prompt_weight.{text}.{result.name}": weight for text, weight in result.weights.items()}
     figures |= {"classes": len(images.class_names), "seconds": time.perf_counter() - started}
     hashes = {f"params.{result.name}": result.params_hash for result in results}
     device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -140,8 +144,8 @@ def write_per_class(path: Path, result: Result, images: LabelledImages) -> Path:
     return path
 
 
-def models_section(results: Sequence[Result]) -> Section:
-    """Return the table of all models."""
+def models_section(results: Sequence[Result], prompts: Prompts) -> Section:
+    """Return the table of all models, and what equal weights give where the prompts are weighted."""
     rows = []
     for result in results:
         figures = result.figures
@@ -170,7 +174,11 @@ def models_section(results: Sequence[Result]) -> Section:
         "The interval is a bootstrap over pictures. Mean recall counts every class alike. Calibration error is the "
         "mean gap between confidence and accuracy over 15 bins."
     )
-    return Section("Accuracy", [Table([*head, "images/s"], rows, caption)])
+    note = ""
+    if prompts.weighting != "equal":
+        plain = ", ".join(f"{percent(r.figures['top1_equal_weights'])} with {r.name}" for r in results)
+        note = f"Prompts weighted by {CITATIONS[prompts.weighting]}. Equal weights give a top-1 accuracy of {plain}."
+    return Section("Accuracy", [Table([*head, "images/s"], rows, caption)], note)
 
 
 def templates_section(results: Sequence[Result]) -> Section:
@@ -180,6 +188,15 @@ def templates_section(results: Sequence[Result]) -> Section:
     rows += [[text, *(percent(result.by_template[text]) for result in results)] for text in order]
     caption = "Top-1 accuracy with each template alone. The best of many templates on these pictures flatters itself."
     return Section("Templates", [Table(["template", *(result.name for result in results)], rows, caption)])
+
+
+def weights_section(results: Sequence[Result], prompts: Prompts) -> Section:
+    """Return the weight of every template, largest first by the first model."""
+    order = sorted(results[0].weights, key=lambda text: -results[0].weights[text])
+    rows = [[text, *(f"{result.weights[text]:.2%}".replace("%", " %") for result in results)] for text in order]
+    each = "The mean over pictures, each of which has its own weights." if prompts.weighting == "autoclip" else ""
+    caption = f"Found by {CITATIONS[prompts.weighting]} without labels. {each}"
+    return Section("Weights", [Table(["template", *(result.name for result in results)], rows, caption.strip())])
 
 
 def classes_section(title: str, result: Result, images: LabelledImages) -> Section:
@@ -237,7 +254,10 @@ def write_page(
         ),
     ]
     texts = prompts.by_class[0]
-    shown = {"prompts a class": str(len(texts)), "prompts of the first class": " | ".join(texts[:10])}
+    shown = {
+        "prompts": f"{len(prompts.flat):,}, {prompts.weighting} weights",
+        "prompts of the first class": " | ".join(texts[:10]),
+    }
     facts = {
         "Command": {"command line": record["command"], "seconds": f"{record['seconds']:.0f}"},
         "Prompts": shown,
