@@ -53,16 +53,17 @@ def write_outputs(
       mesh: for the name of the device.
       started: `time.perf_counter()` when the command began.
     """
-    paths, sections = [], [models_section(results, prompts)]
-    for result in results:
-        ending = "" if len(results) == 1 else "_" + re.sub(r"[^\w.-]+", "-", result.name).strip("-")
+    titles = short_titles([result.name for result in results])
+    paths, sections = [], [models_section(results, prompts, titles)]
+    for result, title in zip(results, titles):
+        ending = "" if len(results) == 1 else "_" + re.sub(r"[^\w.-]+", "-", title).strip("-")
         sheets = [(kind, sheet) for kind, sheet in draw_cases(result, images, num_cases, seed) if sheet is not None]
         for kind, sheet in sheets:
             paths.append(out / f"{kind}{ending}.png")
             write_png(paths[-1], sheet)
         paths.append(write_predictions(out / f"predictions{ending}.csv", result, images))
         paths.append(write_per_class(out / f"per_class{ending}.csv", result, images))
-        name = "" if len(results) == 1 else f" of {result.name}"
+        name = "" if len(results) == 1 else f" of {title}"
         sections += [
             Section(
                 f"Cases{name}",
@@ -74,9 +75,9 @@ def write_outputs(
             classes_section(f"Classes{name}", result, images),
         ]
     if results[0].by_template:
-        sections.insert(1, templates_section(results))
+        sections.insert(1, templates_section(results, titles))
     if results[0].weights:
-        sections.insert(1, weights_section(results, prompts))
+        sections.insert(1, weights_section(results, prompts, titles))
     if results[0].skipped:
         sections.append(skipped_section(results[0].skipped))
     figures = {f"{key}.{result.name}": value for result in results for key, value in result.figures.items()}
@@ -87,8 +88,18 @@ def write_outputs(
     hashes = {f"params.{result.name}": result.params_hash for result in results}
     device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     record = write_results(out, figures, config, hashes, device)
-    page = write_page(out / "report.html", results, images, prompts, sections, read_json(record))
+    page = write_page(out / "report.html", results, titles, images, prompts, sections, read_json(record))
     return [*paths, record, page]
+
+
+def short_titles(names: Sequence[str]) -> list[str]:
+    """Return the last parts of models' names or paths, as few as tell them apart."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for number in range(1, max(map(len, parts)) + 1):
+        titles = ["/".join(part[-number:]) for part in parts]
+        if len(set(titles)) == len(titles) and all(titles):
+            return titles
+    return list(names)
 
 
 def draw_cases(result: Result, images: LabelledImages, number: int, seed: int) -> list[tuple[str, np.ndarray | None]]:
@@ -144,14 +155,14 @@ def write_per_class(path: Path, result: Result, images: LabelledImages) -> Path:
     return path
 
 
-def models_section(results: Sequence[Result], prompts: Prompts) -> Section:
+def models_section(results: Sequence[Result], prompts: Prompts, titles: Sequence[str]) -> Section:
     """Return the table of all models, and what equal weights give where the prompts are weighted."""
     rows = []
-    for result in results:
+    for result, title in zip(results, titles):
         figures = result.figures
         rows.append(
             [
-                result.name,
+                title,
                 percent(figures["top1"]),
                 f"{percent(figures['top1_low'])} to {percent(figures['top1_high'])}",
                 percent(figures["top5"]),
@@ -176,27 +187,28 @@ def models_section(results: Sequence[Result], prompts: Prompts) -> Section:
     )
     note = ""
     if prompts.weighting != "equal":
-        plain = ", ".join(f"{percent(r.figures['top1_equal_weights'])} with {r.name}" for r in results)
+        equal = [percent(result.figures["top1_equal_weights"]) for result in results]
+        plain = ", ".join(f"{accuracy} with {title}" for accuracy, title in zip(equal, titles))
         note = f"Prompts weighted by {CITATIONS[prompts.weighting]}. Equal weights give a top-1 accuracy of {plain}."
     return Section("Accuracy", [Table([*head, "images/s"], rows, caption)], note)
 
 
-def templates_section(results: Sequence[Result]) -> Section:
+def templates_section(results: Sequence[Result], titles: Sequence[str]) -> Section:
     """Return the accuracy of every template alone, best first by the first model."""
     order = sorted(results[0].by_template, key=lambda text: -results[0].by_template[text])
     rows = [["all of them together", *(percent(result.figures["top1"]) for result in results)]]
     rows += [[text, *(percent(result.by_template[text]) for result in results)] for text in order]
     caption = "Top-1 accuracy with each template alone. The best of many templates on these pictures flatters itself."
-    return Section("Templates", [Table(["template", *(result.name for result in results)], rows, caption)])
+    return Section("Templates", [Table(["template", *titles], rows, caption)])
 
 
-def weights_section(results: Sequence[Result], prompts: Prompts) -> Section:
+def weights_section(results: Sequence[Result], prompts: Prompts, titles: Sequence[str]) -> Section:
     """Return the weight of every template, largest first by the first model."""
     order = sorted(results[0].weights, key=lambda text: -results[0].weights[text])
     rows = [[text, *(f"{result.weights[text]:.2%}".replace("%", " %") for result in results)] for text in order]
     each = "The mean over pictures, each of which has its own weights." if prompts.weighting == "autoclip" else ""
     caption = f"Found by {CITATIONS[prompts.weighting]} without labels. {each}"
-    return Section("Weights", [Table(["template", *(result.name for result in results)], rows, caption.strip())])
+    return Section("Weights", [Table(["template", *titles], rows, caption.strip())])
 
 
 def classes_section(title: str, result: Result, images: LabelledImages) -> Section:
@@ -233,6 +245,7 @@ def skipped_section(skipped: Sequence[str]) -> Section:
 def write_page(
     path: Path,
     results: Sequence[Result],
+    titles: Sequence[str],
     images: LabelledImages,
     prompts: Prompts,
     sections: Sequence[Section],
@@ -242,16 +255,14 @@ def write_page(
     headline = [
         Figure(
             percent(result.figures["top1"]),
-            f"top-1 accuracy of {result.name}",
+            f"top-1 accuracy of {title}",
             f"95 % interval {percent(result.figures['top1_low'])} to {percent(result.figures['top1_high'])}",
         )
-        for result in results[:3]
+        for result, title in zip(results[:3], titles)
     ]
     headline += [
         Figure(f"{results[0].figures['images']:,}", f"pictures of {len(images.class_names):,} classes"),
-        Figure(
-            f"{results[0].figures['images_per_second']:,.0f}", "pictures a second, decoding included", results[0].name
-        ),
+        Figure(f"{results[0].figures['images_per_second']:,.0f}", "pictures a second, decoding included", titles[0]),
     ]
     texts = prompts.by_class[0]
     shown = {
