@@ -97,9 +97,9 @@ def run(config: Config) -> list[Path]:
         for name in ("prompt_weights", "compare_templates"):
             given = getattr(config, name) not in ("equal", False)
             require(not given, f"{as_flag(name)} has no effect with one template: give several, or drop it")
+    weighted = "" if config.prompt_weights == "equal" else f", weighted by {config.prompt_weights}"
     print(
-        f"{len(images.names):,} pictures of {len(images.class_names):,} classes, "
-        f"{len(prompts.flat):,} prompts, {config.prompt_weights} weights"
+        f"{len(images.names):,} pictures of {len(images.class_names):,} classes, {len(prompts.flat):,} prompts{weighted}"
     )
     results, too_long = [], 0
     for name in config.model:

@@ -268,7 +268,7 @@ def test_full_size_checkpoints_answer_200_pictures_like_torch(tmp_path, name):
     # Else which class is best would be chance, and the answers would prove little.
     assert len({max(row, key=row.get) for row in wanted.values()}) > 2
     assert margins.min() > worst
-    assert margins.mean() > 0.05
+    assert np.median(margins) > 1000 * worst
 
 
 @pytest.mark.slow

@@ -17,11 +17,12 @@ Both answer with the direction of the weighted mean, as the plain ensemble does:
 
 (6)  p(k | image n) = softmax_k(scale cos(image n, sum_p w_p prompt[k, p]))
 
-Which of it is verified: (1) to (3) and BETA agree with the simulation that AutoCLIP's authors published
+What is verified: (1) to (3) and BETA agree with the simulation that AutoCLIP's authors published
 (github.com/boschresearch/autoclip), which takes bare cosines in (1), as here, but classifies by (1) itself; (6) also
-divides by the length of the weighted mean, so that equal weights are the plain ensemble. (4) and (5) are not verified
-against the text of their paper. It subtracts half of this mean and half of that over pictures of the pre-training,
-which are not at hand: (4) subtracts the whole of this one. Whether its logits hold the scale is not verified either.
+divides by the length of the weighted mean, so that equal weights are the plain ensemble. NOT verified against the text
+of the paper: (4) and (5). The published score also subtracts a mean over pictures of the pre-training, which are not at
+hand, so (4) subtracts this one alone; whether its logits hold the scale, and what stands before the softmax of (5), is
+open.
 """
 
 from typing import Literal
@@ -131,5 +132,6 @@ def weighted_logits(
 
 
 def pictures_at_once(prompt_embeds: Grid, most: int = 2**24) -> int:
-    """Return how many pictures' cosines with all prompts are at most `most` numbers."""
-    return max(1, most // (prompt_embeds.shape[0] * prompt_embeds.shape[1]))
+    """Return for how many pictures the cosines, and the weights of every two prompts, are at most `most` numbers."""
+    classes, prompts, _ = prompt_embeds.shape
+    return max(1, most // (prompts * max(classes, prompts)))
