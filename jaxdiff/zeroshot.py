@@ -97,10 +97,8 @@ def run(config: Config) -> list[Path]:
         for name in ("prompt_weights", "compare_templates"):
             given = getattr(config, name) not in ("equal", False)
             require(not given, f"{as_flag(name)} has no effect with one template: give several, or drop it")
-    weighted = "" if config.prompt_weights == "equal" else f", weighted by {config.prompt_weights}"
-    print(
-        f"{len(images.names):,} pictures of {len(images.class_names):,} classes, {len(prompts.flat):,} prompts{weighted}"
-    )
+    counts = f"{len(images.names):,} pictures of {len(images.class_names):,} classes, {len(prompts.flat):,} prompts"
+    print(counts + ("" if config.prompt_weights == "equal" else f", weighted by {config.prompt_weights}"))
     results, too_long = [], 0
     for name in config.model:
         encoder = prepare_encoder(name, config.revision, config.dtype, config.tiny_steps, mesh)
