@@ -8,12 +8,12 @@ Writes into --out: predictions.csv, per_class.csv, sheets of successes and failu
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from jaxdiff.command import run_command
-from jaxdiff.settings import require, require_at_least
+from jaxdiff.settings import as_flag, require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Config:
     """Prompts with {} for the class name, or imagenet-80 or imagenet-7; several are averaged."""
     descriptions: Path | None = None
     """JSON object of class name -> list of prompts, instead of templates."""
+    prompt_weights: Literal["equal", "autoclip", "zpe"] = "equal"
+    """Weights of several templates, found without labels: AutoCLIP (arXiv 2309.16414) or ZPE (arXiv 2302.06235)."""
     compare_templates: bool = False
     """Also give the accuracy with each template alone."""
     clean_names: bool = False
@@ -50,27 +52,32 @@ class Config:
     """Type that the networks compute in."""
     devices: int | None = None
     """Devices that share a batch; None means all."""
-    tiny_steps: int = 900
-    """Training steps of tiny-digits."""
+    tiny_steps: int | None = None
+    """Training steps of tiny-digits; None means 900."""
 
     def __post_init__(self):
-        for name in ("cases", "batch_size", "tiny_steps"):
-            require_at_least(name, getattr(self, name), 1)
-        require_at_least("devices", 1 if self.devices is None else self.devices, 1)
+        for name in ("cases", "batch_size", "devices", "tiny_steps"):
+            value = getattr(self, name)
+            require_at_least(name, 1 if value is None else value, 1)
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
         require(bool(self.model), "--model needs at least one folder or name")
         require(len(set(self.model)) == len(self.model), "--model: give each model once")
         require(bool(self.template), "--template needs at least one template")
+        require(len(set(self.template)) == len(self.template), "--template: give each template once")
         require(self.revision is None or len(self.model) == 1, "--revision goes with one --model, got several")
-        require(
-            self.descriptions is None or not self.compare_templates,
-            "--compare-templates has no effect with --descriptions: drop one of the two",
-        )
-        default = type(self).__dataclass_fields__["template"].default
-        require(
-            self.descriptions is None or self.template == default,
-            "--template has no effect with --descriptions: drop one of the two",
-        )
+        trained = "tiny-digits" in self.model
+        require(self.tiny_steps is None or trained, "--tiny-steps has no effect without --model tiny-digits: drop it")
+        require(self.revision is None or not trained, "--revision has no effect with --model tiny-digits: drop it")
+        for name in ("labels", "clean_names"):
+            given = getattr(self, name) not in (None, False)
+            require(
+                not given or self.images != "digits", f"{as_flag(name)} has no effect with --images digits: drop it"
+            )
+        if self.descriptions is not None:
+            for field in fields(self):
+                given = getattr(self, field.name) != field.default
+                clash = given and field.name in ("template", "prompt_weights", "compare_templates")
+                require(not clash, f"{as_flag(field.name)} has no effect with --descriptions: drop one of the two")
 
 
 def run(config: Config) -> list[Path]:
@@ -85,12 +92,19 @@ def run(config: Config) -> list[Path]:
     mesh = make_mesh(config.devices)
     check_writable(config.out)
     images = load_labelled(config.images, config.labels, config.clean_names)
-    prompts = make_prompts(images.class_names, config.template, config.descriptions)
-    per_class = len(prompts.by_class[0])
-    print(f"{len(images.names):,} pictures of {len(images.class_names):,} classes, {per_class} prompts a class")
-    results = []
+    prompts = make_prompts(images.class_names, config.template, config.descriptions, config.prompt_weights)
+    if len(prompts.templates) == 1:
+        for name in ("prompt_weights", "compare_templates"):
+            given = getattr(config, name) not in ("equal", False)
+            require(not given, f"{as_flag(name)} has no effect with one template: give several, or drop it")
+    counts = f"{len(images.names):,} pictures of {len(images.class_names):,} classes, {len(prompts.flat):,} prompts"
+    print(counts + ("" if config.prompt_weights == "equal" else f", weighted by {config.prompt_weights}"))
+    results, too_long = [], 0
     for name in config.model:
         encoder = prepare_encoder(name, config.revision, config.dtype, config.tiny_steps, mesh)
+        too_long += encoder.tokenizer.count_too_long(prompts.flat)
+        needless = config.truncate and name == config.model[-1] and not too_long
+        require(not needless, "--truncate has no effect: no prompt is too long; drop it")
         result = classify(
             encoder,
             images,

@@ -3,6 +3,7 @@
     python scripts/benchmark.py digits      # training and guided sampling of the digits' UNet
     python scripts/benchmark.py ddim        # DDIM at 32x32, and the face network at 256x256
     python scripts/benchmark.py clip        # CLIP's encoders, and folders of pictures
+    python scripts/benchmark.py sd          # Stable Diffusion's UNet, and a tiny pipeline
 
 All candidates of a comparison are timed in turn, over and over, and medians are compared, so that a machine whose speed
 drifts slows all sides alike.
@@ -16,15 +17,22 @@ from dataclasses import asdict
 import benchmark_clip
 import benchmark_ddim
 import benchmark_digits
+import benchmark_sd
 import tyro
 
 from jaxdiff.command import keep_freed_memory
 
-BENCHMARKS = {"digits": benchmark_digits.Digits, "ddim": benchmark_ddim.Faces, "clip": benchmark_clip.Clip}
+BENCHMARKS = {
+    "digits": benchmark_digits.Digits,
+    "ddim": benchmark_ddim.Faces,
+    "clip": benchmark_clip.Clip,
+    "sd": benchmark_sd.Diffusion,
+}
 COMPARE = {
     benchmark_digits.Digits: benchmark_digits.compare,
     benchmark_ddim.Faces: benchmark_ddim.compare,
     benchmark_clip.Clip: benchmark_clip.compare,
+    benchmark_sd.Diffusion: benchmark_sd.compare,
 }
 
 

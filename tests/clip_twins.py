@@ -1,5 +1,7 @@
 """Small CLIP models of transformers' torch classes with random weights, and their parameters in linen's layout."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 import torch
@@ -45,6 +47,28 @@ def make_twin(text=(), vision=(), projection_dim: int = 20) -> CLIPModel:
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
+    return twin
+
+
+def make_full_size_twin(name: str, vocab: Mapping[str, int]) -> CLIPModel:
+    """Return a torch model of ViT-B/32's or ViT-L/14's size whose answers differ from picture to picture.
+
+    The kernels keep the variance of what goes through them, and cosines are multiplied by 100, as in published models.
+    """
+    text: dict[str, int] = {"bos_token_id": vocab["<|startoftext|>"], "eos_token_id": vocab["<|endoftext|>"]}
+    vision: dict[str, int] = {}
+    if name == "ViT-L/14":
+        text |= {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        vision |= {"patch_size": 14}
+    width = 768 if name == "ViT-L/14" else 512
+    torch.manual_seed(0)
+    twin = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)).eval()
+    with torch.no_grad():
+        twin.logit_scale.fill_(np.log(100))
+        for module in twin.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.normal_(0, module.in_features**-0.5)
     return twin
 
 

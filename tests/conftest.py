@@ -37,8 +37,16 @@ def quick_settings(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="session")
+def drawn_digits():
+    """The embedded digits, drawn once for all tests; no test may change them."""
+    from jaxdiff.io import digits
+
+    return functools.cache(digits.embedded_digits)
+
+
 @pytest.fixture(scope="module")
-def quick_commands(quick_settings):
+def quick_commands(quick_settings, drawn_digits):
     """Compile quickly, and only once, in this process and in those that it starts; draw the digits once."""
     from jaxdiff.io import digits
 
@@ -48,7 +56,7 @@ def quick_commands(quick_settings):
         for name, value in quick_settings.items():
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
-        patch.setattr(digits, "embedded_digits", functools.cache(digits.embedded_digits))
+        patch.setattr(digits, "embedded_digits", drawn_digits)
         compilation_cache.reset_cache()
         yield
     for name, value in before.items():

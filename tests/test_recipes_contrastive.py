@@ -85,8 +85,9 @@ def test_a_batch_on_eight_devices_has_the_loss_and_gradient_of_one(tokenizer):
     config = tiny_config(len(caption_vocabulary()[0]), tokenizer.pad_id)
     towers = [dataclasses.replace(tower, num_hidden_layers=1) for tower in (config.text_config, config.vision_config)]
     model = CLIP(dataclasses.replace(config, text_config=towers[0], vision_config=towers[1]))
-    images = jnp.zeros((1, 16, 16, 3))
-    params = jax.jit(model.init)(jax.random.key(0), batch.input_ids[:1], images)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch.input_ids[:1], jnp.zeros((1, 16, 16, 3)))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), shapes)
     grads = jax.jit(jax.value_and_grad(make_contrastive_loss(model)))
     results = []
     for devices in (1, 8):

@@ -42,7 +42,7 @@ def case_sheet(cases: Sequence[Case], title: str, columns: int = 2) -> UInt8[np.
     width = name_width + 10 + BAR + NUMBER
     wide = PICTURE + GAP + width
     rows, columns = -(-len(cases) // columns), min(columns, len(cases))
-    size = 2 * MARGIN + columns * wide + (columns - 1) * GAP, 2 * MARGIN + 40 + rows * height
+    size = 2 * MARGIN + columns * wide + (columns - 1) * GAP, 2 * MARGIN + 40 + rows * height - GAP
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((MARGIN, MARGIN + 22), title, INK, bold, anchor="ls")
@@ -51,8 +51,7 @@ def case_sheet(cases: Sequence[Case], title: str, columns: int = 2) -> UInt8[np.
         left, top = MARGIN + column * (wide + GAP), MARGIN + 40 + row * height
         pen.text((left, top + 18), shorten(case.title, font, wide), INK, font, anchor="ls")
         top += LINE
-        picture = fit(case.pixels)
-        canvas.paste(picture, (left + (PICTURE - picture.width) // 2, top))
+        canvas.paste(fit(case.pixels), (left, top))
         left += PICTURE + GAP
         for line, (name, probability) in enumerate(zip(case.names, case.probabilities)):
             middle = top + line * LINE + LINE // 2

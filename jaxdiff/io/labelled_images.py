@@ -62,8 +62,6 @@ def load_labelled(images: str, labels: Path | None, clean_names: bool) -> Labell
       InputError: nothing there, a picture of no known class, a class without pictures, or labels that are not usable.
     """
     if images == "digits":
-        if labels is not None:
-            raise InputError("--labels has no effect with --images digits: drop it")
         return embedded()
     path = Path(images).expanduser()
     given = read_labels(labels) if labels is not None else None

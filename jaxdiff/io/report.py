@@ -73,6 +73,11 @@ class Confusion:
         """Whether the matrix needs a row of its own."""
         return len(self.names) > 12
 
+    @property
+    def dense(self) -> bool:
+        """Whether the cells must be small for the matrix to fit the page."""
+        return len(self.names) > 30
+
 
 @dataclass(frozen=True)
 class Curve:

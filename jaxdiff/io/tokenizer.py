@@ -136,7 +136,7 @@ class CLIPTokenizer:
         Each row has a begin and an end of its own; a text that needs fewer rows ends in rows of an empty text.
         """
         most = self.context_length - 2
-        rows = [encoding.ids[1:-1] for encoding in self._tokenizer.encode_batch(list(texts))]
+        rows = [row[1:-1] for row in self._rows(texts)]
         begin, end = (self._tokenizer.token_to_id(token) for token in (BEGIN, END))
         chunks = max(1, *(-(-len(row) // most) for row in rows))
         ids = np.full((len(rows), chunks, self.context_length), self.pad_id, np.int32)
@@ -165,6 +165,13 @@ class CLIPTokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._tokenizer.get_vocab_size()
+
+    def count_too_long(self, texts: Sequence[str]) -> int:
+        """Return how many texts have more than `context_length` tokens."""
+        return sum(len(row) > self.context_length for row in self._rows(texts))
+
+    def _rows(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
 
 def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int) -> CLIPTokenizer:

@@ -5,7 +5,7 @@
 (3)  calibration error = sum over bins b of  (n_b / n) |accuracy_b - confidence_b|        (arXiv 1706.04599, eq. 3)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +61,7 @@ def class_weights(prompt_embeds: Embeds, prompts_per_class: Sequence[int]) -> Em
 
 
 def answer(image_embeds: Embeds, weights: Embeds, logit_scale: float, labels: Int[np.ndarray, "N"]) -> Answers:
-    """Return equation (2) for every picture, a few thousand at a time, and keep the most probable classes.
+    """Return equation (2) for every picture.
 
     Args:
       image_embeds: of length 1.
@@ -69,10 +69,22 @@ def answer(image_embeds: Embeds, weights: Embeds, logit_scale: float, labels: In
       logit_scale: natural logarithm of what cosines are multiplied by.
       labels: true class of each picture.
     """
+    scale = np.exp(np.float32(logit_scale))
+    return answer_logits(lambda part: scale * (image_embeds[part] @ weights.T), labels, 4096)
+
+
+def answer_logits(logits_of: Callable[[slice], Probabilities], labels: Int[np.ndarray, "N"], step: int) -> Answers:
+    """Turn logits into probabilities and keep the most probable classes, so that never all lie in memory.
+
+    Args:
+      logits_of: logits of a slice of the pictures.
+      labels: true class of each picture.
+      step: pictures at a time.
+    """
     parts = []
-    for first in range(0, len(labels), 4096):
-        part = slice(first, first + 4096)
-        logits = np.exp(logit_scale) * (image_embeds[part] @ weights.T)
+    for first in range(0, len(labels), step):
+        part = slice(first, first + step)
+        logits = logits_of(part)
         probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         top = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]

@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from jaxdiff.io import digits
 from jaxdiff.io.digit_captions import ANYWHERE, CAPTIONS, CONTEXT, caption_ids, caption_vocabulary
-from jaxdiff.io.digits import SIZE, embedded_digits
+from jaxdiff.io.digits import SIZE
 from jaxdiff.io.preprocess import FILE, Preprocessor
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import write_json
@@ -103,7 +104,7 @@ def make_contrastive_loss(model: CLIP) -> LossFn:
 
 def make_batches(tokenizer: CLIPTokenizer, batch_size: int, seed: int) -> Callable[[int], Pairs]:
     """Return the pairs of any step, a pure function of the seed and the step."""
-    images, labels, domains = embedded_digits(held_out=False)
+    images, labels, domains = digits.embedded_digits(held_out=False)
     ids = caption_ids(tokenizer)
     spoken = np.array([domain for _, domain in CAPTIONS], np.int32)
     fitting = [np.flatnonzero((spoken == ANYWHERE) | (spoken == domain)) for domain in range(2)]

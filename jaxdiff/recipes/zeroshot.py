@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.cache import cache_folder
@@ -16,9 +16,18 @@ from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.io.prompts import expand_templates, fill, read_descriptions
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.runs import Figures
-from jaxdiff.recipes.classify import Answers, answer, class_weights, figures_of
+from jaxdiff.recipes.classify import Answers, answer, answer_logits, class_weights, figures_of
 from jaxdiff.recipes.clip_features import Encoder, encode_images, encode_prompts, load_encoder
-from jaxdiff.recipes.contrastive import tiny_digits_folder
+from jaxdiff.recipes.contrastive import TRAIN_STEPS, tiny_digits_folder
+from jaxdiff.recipes.prompt_weights import (
+    Weighting,
+    autoclip_weights,
+    cosines_of,
+    inner_products,
+    pictures_at_once,
+    weighted_logits,
+    zpe_weights,
+)
 
 TINY_DIGITS = "tiny-digits"
 
@@ -30,10 +39,17 @@ class Prompts:
     Attributes:
       by_class: texts of every class.
       templates: what made them of the class names, in the order of the texts; none where a file describes the classes.
+      weighting: how the texts of a class are weighted.
     """
 
     by_class: Sequence[Sequence[str]]
     templates: tuple[str, ...]
+    weighting: Weighting = "equal"
+
+    @property
+    def flat(self) -> list[str]:
+        """The texts, class after class."""
+        return [text for texts in self.by_class for text in texts]
 
 
 class Result(NamedTuple):
@@ -46,6 +62,7 @@ class Result(NamedTuple):
       skipped: for each of the others, why.
       figures: under plain names.
       by_template: top-1 accuracy with each template alone; empty unless asked for.
+      weights: of each template, the mean over pictures; empty where they are equal.
       params_hash: SHA-256 of the parameters.
     """
 
@@ -55,10 +72,13 @@ class Result(NamedTuple):
     skipped: tuple[str, ...]
     figures: Figures
     by_template: dict[str, float]
+    weights: dict[str, float]
     params_hash: str
 
 
-def make_prompts(class_names: Sequence[str], templates: Sequence[str], descriptions: Path | None) -> Prompts:
+def make_prompts(
+    class_names: Sequence[str], templates: Sequence[str], descriptions: Path | None, weighting: Weighting = "equal"
+) -> Prompts:
     """Return the prompts of every class, from templates or, where given, from a file of descriptions.
 
     Raises:
@@ -67,10 +87,10 @@ def make_prompts(class_names: Sequence[str], templates: Sequence[str], descripti
     if descriptions is not None:
         return Prompts(read_descriptions(descriptions, class_names), ())
     expanded = expand_templates(templates)
-    return Prompts(fill(expanded, class_names), expanded)
+    return Prompts(fill(expanded, class_names), expanded, weighting)
 
 
-def prepare_encoder(name: str, revision: str | None, dtype: str, tiny_steps: int, mesh: Mesh) -> Encoder:
+def prepare_encoder(name: str, revision: str | None, dtype: str, tiny_steps: int | None, mesh: Mesh) -> Encoder:
     """Read a model; `tiny-digits` is trained first where it is not kept yet.
 
     Raises:
@@ -81,7 +101,7 @@ def prepare_encoder(name: str, revision: str | None, dtype: str, tiny_steps: int
             return load_encoder(name, revision, dtype, mesh)
         except InputError as error:
             raise InputError(f"--model {error}") from error
-    folder = tiny_digits_folder(cache_folder(), tiny_steps, mesh)
+    folder = tiny_digits_folder(cache_folder(), TRAIN_STEPS if tiny_steps is None else tiny_steps, mesh)
     return load_encoder(str(folder), None, dtype, mesh)._replace(name=name)
 
 
@@ -100,25 +120,61 @@ def classify(
       InputError: a prompt is too long, or no picture can be read.
     """
     counts = [len(texts) for texts in prompts.by_class]
-    flat = [text for texts in prompts.by_class for text in texts]
-    embeds = encode_prompts(encoder, flat, truncate, cache_folder() / "prompts")
+    embeds = encode_prompts(encoder, prompts.flat, truncate, cache_folder() / "prompts")
     features = encode_images(encoder, images, batch_size)
     labels = images.labels[features.kept]
     scale = float(encoder.model.params["logit_scale"])
     answers = answer(features.embeds, class_weights(embeds, counts), scale, labels)
     if not math.isfinite(float(answers.probabilities.sum())):
         raise InputError(f"--model {encoder.name}: gives probabilities that are not finite; use --dtype float32")
+    figures: Figures = {}
+    weights: dict[str, float] = {}
     by_template: dict[str, float] = {}
+    if prompts.weighting != "equal":
+        figures["top1_equal_weights"] = float(answers.correct.mean())
+        grid = embeds.reshape(len(counts), len(prompts.templates), -1)
+        answers, found = answer_weighted(prompts.weighting, features.embeds, grid, scale, labels)
+        weights = dict(zip(prompts.templates, found.tolist()))
     if compare_templates:
         grid = embeds.reshape(len(counts), len(prompts.templates), -1)
         for number, template in enumerate(prompts.templates):
             alone = answer(features.embeds, grid[:, number], scale, labels)
             by_template[template] = float(alone.correct.mean())
-    figures = figures_of(answers, len(counts), seed)
+    figures = figures_of(answers, len(counts), seed) | figures
     figures |= {
         "skipped": len(features.skipped),
         "images_per_second": len(images.names) / features.seconds,
-        "prompts": len(flat),
+        "prompts": len(embeds),
     }
     params_hash = tree_hash(encoder.model.params)
-    return Result(encoder.name, answers, features.kept, features.skipped, figures, by_template, params_hash)
+    return Result(encoder.name, answers, features.kept, features.skipped, figures, by_template, weights, params_hash)
+
+
+def answer_weighted(
+    weighting: Weighting,
+    image_embeds: Float[np.ndarray, "N F"],
+    grid: Float[np.ndarray, "K P F"],
+    scale: float,
+    labels: Int[np.ndarray, "N"],
+) -> tuple[Answers, Float[np.ndarray, "P"]]:
+    """Answer with weighted prompts; return also the weights, their mean over pictures where each has its own.
+
+    Args:
+      weighting: how the weights are found.
+      image_embeds: of length 1.
+      grid: embeddings of the prompts by class and template, of length 1.
+      scale: natural logarithm of what cosines are multiplied by.
+      labels: true class of each picture.
+    """
+    products, step = inner_products(grid), pictures_at_once(grid)
+    shared = zpe_weights(image_embeds, grid, scale) if weighting == "zpe" else None
+    total = np.zeros(grid.shape[1])
+
+    def logits_of(part: slice) -> Float[np.ndarray, "n K"]:
+        cosines = cosines_of(image_embeds[part], grid)
+        weights = autoclip_weights(cosines) if shared is None else np.repeat(shared[None], len(cosines), axis=0)
+        total[:] += weights.sum(axis=0, dtype=np.float64)
+        return weighted_logits(cosines, products, weights, scale)
+
+    answers = answer_logits(logits_of, labels, step)
+    return answers, total / len(labels)

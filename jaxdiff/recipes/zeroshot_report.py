@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff.io.case_sheet import Case, case_sheet
+from jaxdiff.io.heat_map import block_size, heat_map
 from jaxdiff.io.images import write_png
 from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.io.report import Confusion, Figure, Picture, Report, Section, Table, write_report
@@ -18,6 +19,7 @@ from jaxdiff.io.runs import read_json, write_results
 from jaxdiff.recipes.classify import choose_cases, confused_pairs, recalls
 from jaxdiff.recipes.digits_report import percent
 from jaxdiff.recipes.judge import confusion_matrix
+from jaxdiff.recipes.prompt_weights import CITATIONS
 from jaxdiff.recipes.zeroshot import Prompts, Result
 
 MATRIX_CLASSES = 60
@@ -51,36 +53,53 @@ def write_outputs(
       mesh: for the name of the device.
       started: `time.perf_counter()` when the command began.
     """
-    paths, sections = [], [models_section(results)]
-    for result in results:
-        ending = "" if len(results) == 1 else "_" + re.sub(r"[^\w.-]+", "-", result.name).strip("-")
+    titles = short_titles([result.name for result in results])
+    paths, sections = [], [models_section(results, prompts, titles)]
+    for result, title in zip(results, titles):
+        ending = "" if len(results) == 1 else "_" + re.sub(r"[^\w.-]+", "-", title).strip("-")
         sheets = [(kind, sheet) for kind, sheet in draw_cases(result, images, num_cases, seed) if sheet is not None]
         for kind, sheet in sheets:
             paths.append(out / f"{kind}{ending}.png")
             write_png(paths[-1], sheet)
         paths.append(write_predictions(out / f"predictions{ending}.csv", result, images))
         paths.append(write_per_class(out / f"per_class{ending}.csv", result, images))
-        name = "" if len(results) == 1 else f" of {result.name}"
+        name = "" if len(results) == 1 else f" of {title}"
         sections += [
             Section(
                 f"Cases{name}",
-                [Picture(sheet, f"{kind.capitalize()}, drawn by the seed.", wide=True) for kind, sheet in sheets],
+                [
+                    Picture(sheet, f"{kind.capitalize()}, drawn by the seed. The true class has a blue bar.", wide=True)
+                    for kind, sheet in sheets
+                ],
             ),
             classes_section(f"Classes{name}", result, images),
         ]
     if results[0].by_template:
-        sections.insert(1, templates_section(results))
+        sections.insert(1, templates_section(results, titles))
+    if results[0].weights:
+        sections.insert(1, weights_section(results, prompts, titles))
     if results[0].skipped:
         sections.append(skipped_section(results[0].skipped))
     figures = {f"{key}.{result.name}": value for result in results for key, value in result.figures.items()}
     for result in results:
         figures |= {f"template.{text}.{result.name}": accuracy for text, accuracy in result.by_template.items()}
+        figures |= {f"prompt_weight.{text}.{result.name}": weight for text, weight in result.weights.items()}
     figures |= {"classes": len(images.class_names), "seconds": time.perf_counter() - started}
     hashes = {f"params.{result.name}": result.params_hash for result in results}
     device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     record = write_results(out, figures, config, hashes, device)
-    page = write_page(out / "report.html", results, images, prompts, sections, read_json(record))
+    page = write_page(out / "report.html", results, titles, images, prompts, sections, read_json(record))
     return [*paths, record, page]
+
+
+def short_titles(names: Sequence[str]) -> list[str]:
+    """Return the last parts of models' names or paths, as few as tell them apart."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for number in range(1, max(map(len, parts)) + 1):
+        titles = ["/".join(part[-number:]) for part in parts]
+        if len(set(titles)) == len(titles) and all(titles):
+            return titles
+    return list(names)
 
 
 def draw_cases(result: Result, images: LabelledImages, number: int, seed: int) -> list[tuple[str, np.ndarray | None]]:
@@ -136,14 +155,14 @@ def write_per_class(path: Path, result: Result, images: LabelledImages) -> Path:
     return path
 
 
-def models_section(results: Sequence[Result]) -> Section:
-    """Return the table of all models."""
+def models_section(results: Sequence[Result], prompts: Prompts, titles: Sequence[str]) -> Section:
+    """Return the table of all models, and what equal weights give where the prompts are weighted."""
     rows = []
-    for result in results:
+    for result, title in zip(results, titles):
         figures = result.figures
         rows.append(
             [
-                result.name,
+                title,
                 percent(figures["top1"]),
                 f"{percent(figures['top1_low'])} to {percent(figures['top1_high'])}",
                 percent(figures["top5"]),
@@ -166,16 +185,30 @@ def models_section(results: Sequence[Result]) -> Section:
         "The interval is a bootstrap over pictures. Mean recall counts every class alike. Calibration error is the "
         "mean gap between confidence and accuracy over 15 bins."
     )
-    return Section("Accuracy", [Table([*head, "images/s"], rows, caption)])
+    note = ""
+    if prompts.weighting != "equal":
+        equal = [percent(result.figures["top1_equal_weights"]) for result in results]
+        plain = ", ".join(f"{accuracy} with {title}" for accuracy, title in zip(equal, titles))
+        note = f"Prompts weighted by {CITATIONS[prompts.weighting]}. Equal weights give a top-1 accuracy of {plain}."
+    return Section("Accuracy", [Table([*head, "images/s"], rows, caption)], note)
 
 
-def templates_section(results: Sequence[Result]) -> Section:
+def templates_section(results: Sequence[Result], titles: Sequence[str]) -> Section:
     """Return the accuracy of every template alone, best first by the first model."""
     order = sorted(results[0].by_template, key=lambda text: -results[0].by_template[text])
     rows = [["all of them together", *(percent(result.figures["top1"]) for result in results)]]
     rows += [[text, *(percent(result.by_template[text]) for result in results)] for text in order]
     caption = "Top-1 accuracy with each template alone. The best of many templates on these pictures flatters itself."
-    return Section("Templates", [Table(["template", *(result.name for result in results)], rows, caption)])
+    return Section("Templates", [Table(["template", *titles], rows, caption)])
+
+
+def weights_section(results: Sequence[Result], prompts: Prompts, titles: Sequence[str]) -> Section:
+    """Return the weight of every template, largest first by the first model."""
+    order = sorted(results[0].weights, key=lambda text: -results[0].weights[text])
+    rows = [[text, *(f"{result.weights[text]:.2%}".replace("%", " %") for result in results)] for text in order]
+    each = "The mean over pictures, each of which has its own weights." if prompts.weighting == "autoclip" else ""
+    caption = f"Found by {CITATIONS[prompts.weighting]} without labels. {each}"
+    return Section("Weights", [Table(["template", *titles], rows, caption.strip())])
 
 
 def classes_section(title: str, result: Result, images: LabelledImages) -> Section:
@@ -187,26 +220,19 @@ def classes_section(title: str, result: Result, images: LabelledImages) -> Secti
     if len(names) <= MATRIX_CLASSES:
         blocks.append(Confusion(counts, names, caption, rows="true class"))
     else:
-        blocks.append(Picture(heat_map(counts), f"{caption} Darker is more of the row; the diagonal is recognised."))
-    pairs = [[names[row], names[column], f"{count:,}"] for row, column, count in confused_pairs(counts, PAIRS)]
+        caption += " Classes by number, as in per_class.csv; darker is more of the row; blue is the diagonal."
+        if block_size(len(names)) > 1:
+            caption += f" A cell is {block_size(len(names))} neighbouring classes wide and high."
+        blocks.append(Picture(heat_map(counts, "true class", "recognised class"), caption, wide=True))
+    pairs = [[f"{names[row]} → {names[column]}", f"{n:,}"] for row, column, n in confused_pairs(counts, PAIRS)]
     if pairs:
-        blocks.append(Table(["true class", "taken for", "pictures"], pairs, "The most frequent errors."))
+        blocks.append(Table(["true class → taken for", "pictures"], pairs, "The most frequent errors."))
     found = recalls(answers, len(names))
     totals = counts.sum(axis=1)
     order = [number for number in np.argsort(found, kind="stable")[:WORST] if totals[number]]
     rows = [[names[n], percent(found[n]), f"{counts[n, n]:,} of {totals[n]:,}"] for n in order]
     blocks.append(Table(["class", "recall", "pictures"], rows, "The classes of lowest recall; per_class.csv has all."))
     return Section(title, blocks)
-
-
-def heat_map(counts: np.ndarray, side: int = 900) -> np.ndarray:
-    """Return a confusion matrix as a picture: the square root of each cell's share of its row, so that errors show."""
-    shares = np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))[..., None]
-    diagonal = np.eye(len(counts), dtype=bool)[..., None]
-    ink = np.where(diagonal, np.array([35, 87, 198]), np.array([205, 92, 20]))
-    pixels = np.rint(255 + shares * (ink - 255)).astype(np.uint8)
-    factor = max(1, side // len(counts))
-    return np.repeat(np.repeat(pixels, factor, axis=0), factor, axis=1)
 
 
 def skipped_section(skipped: Sequence[str]) -> Section:
@@ -219,6 +245,7 @@ def skipped_section(skipped: Sequence[str]) -> Section:
 def write_page(
     path: Path,
     results: Sequence[Result],
+    titles: Sequence[str],
     images: LabelledImages,
     prompts: Prompts,
     sections: Sequence[Section],
@@ -228,19 +255,20 @@ def write_page(
     headline = [
         Figure(
             percent(result.figures["top1"]),
-            f"top-1 accuracy of {result.name}",
+            f"top-1 accuracy of {title}",
             f"95 % interval {percent(result.figures['top1_low'])} to {percent(result.figures['top1_high'])}",
         )
-        for result in results[:3]
+        for result, title in zip(results[:3], titles)
     ]
     headline += [
         Figure(f"{results[0].figures['images']:,}", f"pictures of {len(images.class_names):,} classes"),
-        Figure(
-            f"{results[0].figures['images_per_second']:,.0f}", "pictures a second, decoding included", results[0].name
-        ),
+        Figure(f"{results[0].figures['images_per_second']:,.0f}", "pictures a second, decoding included", titles[0]),
     ]
     texts = prompts.by_class[0]
-    shown = {"prompts a class": str(len(texts)), "prompts of the first class": " | ".join(texts[:10])}
+    shown = {
+        "prompts": f"{len(prompts.flat):,}, {prompts.weighting} weights",
+        "prompts of the first class": " | ".join(texts[:10]),
+    }
     facts = {
         "Command": {"command line": record["command"], "seconds": f"{record['seconds']:.0f}"},
         "Prompts": shown,
