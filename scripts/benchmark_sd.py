@@ -5,6 +5,7 @@ compute in float32; where JAX has an accelerator, jaxdiff alone is measured, in 
 peak of the same run.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,9 +73,14 @@ def compare_pipeline(config: Diffusion, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     (folder / "tokenizer").mkdir()
     write_tokenizer(folder / "tokenizer", *caption_vocabulary())
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
     text = CLIPTextConfig(
-        len(tokenizer), 64, 128, num_hidden_layers=2, num_attention_heads=4, eos_token_id=tokenizer.eos_token_id
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=tokenizer.eos_token_id,
     )
     vae = AutoencoderKL(
         block_out_channels=(32, 64),
@@ -161,8 +167,6 @@ def make_inputs() -> tuple[Any, int, Any]:
 
 def print_peak(side: str, folder: str, threads: int) -> None:
     """Load the UNet, evaluate it twice, print the most gigabytes that this process held."""
-    import resource
-
     from jaxdiff.command import keep_freed_memory
 
     x_t, t, context = make_inputs()
@@ -186,7 +190,9 @@ def print_peak(side: str, folder: str, threads: int) -> None:
         with torch.inference_mode():
             for _ in range(2):
                 twin(torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()), t, torch.from_numpy(context))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    # Not resource.getrusage, whose peak a new process takes over from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9)
 
 
 def report(name: str, rates: dict[str, float]) -> dict[str, Any]:
