@@ -1,10 +1,13 @@
 """The latent UNet and the autoencoder against diffusers' torch classes, from the same weights and inputs."""
 
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from stable_diffusion_twins import SIDE, make_autoencoder, make_unet
 
 from jaxdiff import FlaxAutoencoderKL, FlaxUNet2DConditionModel
@@ -114,3 +117,34 @@ def test_cudnn_is_refused_with_the_reason():
     assert "160" in (why_not_cudnn(jnp.bfloat16, (40, 80, 160), newest=False) or "")
     assert "float32" in (why_not_cudnn(jnp.float32, (64,), newest=True) or "")
     assert "20" in (why_not_cudnn(jnp.bfloat16, (20,), newest=True) or "")
+
+
+@pytest.mark.slow
+def test_the_full_size_networks_are_those_of_diffusers(tmp_path):
+    torch.manual_seed(0)
+    UNet2DConditionModel(sample_size=64, cross_attention_dim=768).save_pretrained(tmp_path / "unet")
+    x_t, t, context = draw(1, 4, 64, 64), np.array([500]), draw(1, 77, 768, seed=1)
+    twin = UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval()
+    with torch.no_grad():
+        expected = twin(*map(torch.from_numpy, (x_t, t, context))).sample.numpy()
+    del twin
+    model, params = FlaxUNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, x_t, t, context).sample, expected, atol=1e-4)
+    del params
+    AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    ).save_pretrained(tmp_path / "vae")
+    twin = AutoencoderKL.from_pretrained(tmp_path / "vae").eval()
+    images = draw(1, 3, 256, 256)
+    with torch.no_grad():
+        moments = twin.encode(torch.from_numpy(images)).latent_dist
+        decoded = twin.decode(torch.from_numpy(x_t)).sample.numpy()
+    model, params = FlaxAutoencoderKL.from_pretrained(tmp_path / "vae")
+    found = jax.jit(model.encode)({"params": params}, images).latent_dist
+    np.testing.assert_allclose(np.moveaxis(found.mean, -1, 1), moments.mean.numpy(), atol=1e-4)
+    np.testing.assert_allclose(jax.jit(model.decode)({"params": params}, x_t).sample, decoded, atol=1e-4)
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB at the most")

@@ -80,15 +80,21 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __init__(self, path: Path):
         self.path = path
-        self.specs, self.metadata = _read_header(path)
+        self.specs, self.metadata, self._starts = _read_header(path)
         with _blaming(path):
-            self._file = safe_open(path, framework="numpy")
+            safe_open(path, framework="numpy")
+            # Kept open, so that a file that takes its place changes nothing; and read, because the pages of a mapped
+            # file count as this process's memory beside the copy that is made of them.
+            self._file = path.open("rb")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.specs:
-            raise KeyError(name)
+        shape, dtype = self.specs[name]
+        tensor = np.empty(shape, dtype)
         with _blaming(self.path):
-            return self._file.get_tensor(name)
+            self._file.seek(self._starts[name])
+            if self._file.readinto(tensor.reshape(-1).view(np.uint8)) != tensor.nbytes:
+                raise OSError("it has become shorter")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -291,8 +297,8 @@ def _make_header(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, s
     return len(text).to_bytes(8, "little") + text, names
 
 
-def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
-    """Return the specs and the metadata of one file, having checked that all its bytes are there."""
+def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str], dict[str, int]]:
+    """Return the specs and the metadata of one file and where each tensor begins; all its bytes are there."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -310,6 +316,7 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are no text")
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        starts = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}
         specs = {name: (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise InputError(f"{path}: its header cannot be read ({error}); download it again") from error
@@ -318,7 +325,7 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
     for name, (_, dtype) in specs.items():
         if dtype not in _DTYPES:
             raise InputError(f"{path}: {name} is of dtype {dtype}, which is not supported: save it as F32, F16 or BF16")
-    return {name: (shape, _DTYPES[dtype]) for name, (shape, dtype) in specs.items()}, metadata
+    return {name: (shape, _DTYPES[dtype]) for name, (shape, dtype) in specs.items()}, metadata, starts
 
 
 def _read_index(path: Path) -> dict[str, str]:
