@@ -10,6 +10,7 @@ COMMANDS = {
     "sample_cfg": "sample and judge a trained run again, with other guidance, steps or seeds",
     "ddim_grid": "show what DDIM does: etas, ways between noises, step counts, inversion",
     "zeroshot": "classify pictures by the names of their classes alone, with CLIP",
+    "clip_scores": "score pictures by CLIP: likeness to references, fit to prompts, the course's grade",
     "text2image": "draw pictures from texts with Stable Diffusion",
 }
 

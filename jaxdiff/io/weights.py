@@ -92,7 +92,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         tensor = np.empty(shape, dtype)
         with _blaming(self.path):
             self._file.seek(self._starts[name])
-            if self._file.readinto(tensor.reshape(-1).view(np.uint8)) != tensor.nbytes:
+            if self._file.readinto(tensor.reshape(-1).view(np.uint8).data) != tensor.nbytes:
                 raise OSError("it has become shorter")
         return tensor
 

@@ -20,7 +20,7 @@ from jaxdiff.diffusion.prediction import Prediction, to_prediction
 from jaxdiff.diffusion.samplers import DDIM, Sampler, sample
 from jaxdiff.diffusion.timesteps import Walk, timestep_spacing, with_final
 from jaxdiff.errors import InputError
-from jaxdiff.mesh import replicated
+from jaxdiff.mesh import batch_split, replicated
 from jaxdiff.models.attention import AttentionKernel, attend, why_not_cudnn
 from jaxdiff.models.autoencoder import Autoencoder, Latents
 from jaxdiff.models.clip import CLIPText
@@ -148,7 +148,7 @@ def make_latent_sampler(
         broken = ~jnp.isfinite(states.x_t).all(axis=(1, 2, 3, 4))
         return Sampled(latents, jnp.where(broken.any(), jnp.argmax(broken), 0))
 
-    return jax.jit(run, donate_argnums=1, out_shardings=replicated(mesh))
+    return jax.jit(run, donate_argnums=1, out_shardings=Sampled(batch_split(mesh), replicated(mesh)))
 
 
 def decode_latents(model: StableDiffusion, params: Params, latents: Latents) -> Images:

@@ -1,0 +1,111 @@
+"""Score pictures of learned concepts with CLIP: likeness to references, fit to prompts, and the course's grade.
+
+    python -m jaxdiff.clip_scores --task input.json --generated out --references concepts --out runs/grade
+    python -m jaxdiff.clip_scores --generated DIR --references DIR --prompt "a dog on a beach" --words dog beach
+
+Writes into --out: scores.csv, a sheet of pictures for each prompt, results.json and report.html.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxdiff.command import run_command
+from jaxdiff.settings import require, require_at_least
+
+SHOWN = ("best.image_score", "best.text_score", "image_score", "text_score", "cmmd", "all_present")
+"""Figures on the screen."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score pictures of learned concepts with CLIP."""
+
+    generated: Path
+    """Folder of pictures; with --task it holds {key}/{prompt number}/."""
+    references: Path | None = None
+    """Folder of pictures of the concept; with --task it holds {key}/."""
+    task: Path | None = None
+    """The course's input.json: concepts, prompts and baselines."""
+    prompt: str = ""
+    """What the pictures shall show. Not with --task."""
+    token: str = ""
+    """Learned word in --prompt, left out for the scores that go without it."""
+    words: tuple[str, ...] = ()
+    """Concepts whose presence in each picture is scored. Not with --task."""
+    count: int = 25
+    """Pictures that each prompt of --task must have."""
+    model: str = "openai/clip-vit-base-patch32"
+    """Folder or Hugging Face name of a CLIP; the course grades with the default. `tiny-digits` needs no download."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    batch_size: int = 64
+    """Pictures encoded at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that the networks compute in."""
+    devices: int | None = None
+    """Devices that share a batch; None means all."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    out: Path = Path("runs/clip_scores")
+    """Folder to write into; files of the same name are replaced."""
+
+    def __post_init__(self):
+        for name in ("count", "batch_size", "devices"):
+            require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
+        if self.task is not None:
+            require(self.references is not None, "--task needs --references, which holds a folder for each key")
+            require(
+                not (self.prompt or self.words or self.token),
+                "--task brings its own prompts: drop --prompt, --token and --words",
+            )
+            return
+        require(
+            self.references is not None or bool(self.prompt) or bool(self.words),
+            "nothing to score by: give --references, --prompt, --words, or --task",
+        )
+        require(self.count == 25, "--count has no effect without --task: drop it")
+        require(
+            not self.token or self.token in self.prompt, f"--token {self.token!r} is not in --prompt {self.prompt!r}"
+        )
+        require(all(word.strip() for word in self.words), "--words: one is empty")
+
+
+def run(config: Config) -> list[Path]:
+    """List the pictures, score them, write everything down."""
+    from jaxdiff.io.runs import as_json, check_writable, make_folder
+    from jaxdiff.mesh import make_mesh
+    from jaxdiff.recipes.clip_grading import Group, grade, list_pictures, task_groups, without
+    from jaxdiff.recipes.clip_scores_report import write_outputs
+    from jaxdiff.recipes.zeroshot import prepare_encoder
+
+    started = time.perf_counter()
+    mesh = make_mesh(config.devices)
+    check_writable(config.out)
+    if config.task is not None and config.references is not None:
+        groups = task_groups(config.task, config.generated, config.references, config.count)
+    else:
+        references = list_pictures(config.references, "--references") if config.references is not None else ()
+        stripped = without(config.token, config.prompt) if config.token else ""
+        files = list_pictures(config.generated, "--generated")
+        groups = [Group("pictures", files, references, config.prompt, stripped, words=config.words)]
+    encoder = prepare_encoder(config.model, config.revision, config.dtype, None, mesh)
+    graded = grade(encoder, groups, config.batch_size, config.seed)
+    for result in graded:
+        scores = [f"{name} {result.figures[name]:.2f}" for name in SHOWN if name in result.figures]
+        verdict = {None: "", True: "PASS ", False: "FAIL "}[result.passed]
+        print(f"{result.group.name}: {verdict}{', '.join(scores)}")
+    return write_outputs(make_folder(config.out), encoder, graded, as_json(config), started)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command("clip_scores", Config, run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

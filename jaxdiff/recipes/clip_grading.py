@@ -1,0 +1,190 @@
+"""Groups of pictures, one a prompt, with what they are held to; their scores by one CLIP."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.course_task import read_task
+from jaxdiff.io.labelled_images import LabelledImages, pictures
+from jaxdiff.io.runs import Figures
+from jaxdiff.recipes.clip_features import Encoder, encode_images, encode_prompts
+from jaxdiff.recipes.clip_scores import (
+    Embeds,
+    best_pictures,
+    cmmd,
+    cmmd_interval,
+    image_scores,
+    mean_interval,
+    presence_margins,
+    text_scores,
+)
+
+ANYTHING = "a photo"
+NAMING = "a photo of {}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The pictures of one prompt.
+
+    Attributes:
+      name: in tables and in results.json.
+      files: in order of name.
+      references: pictures of the concept; may be none.
+      prompt: text that they shall show; empty for none.
+      stripped: the same without the learned word; empty where that is not known.
+      baseline: least image and text score of the best five; None where nothing is asked.
+      words: concepts whose presence is asked for.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    references: tuple[Path, ...]
+    prompt: str
+    stripped: str = ""
+    baseline: tuple[float, float] | None = None
+    words: tuple[str, ...] = ()
+
+
+class Graded(NamedTuple):
+    """The scores of one group.
+
+    Attributes:
+      image: of each picture; empty without references.
+      text: of each picture; empty without a prompt.
+      best: positions of the pictures that count; empty without both.
+      passed: whether the best reach the baseline; None where there is none.
+      figures: under plain names.
+    """
+
+    group: Group
+    image: Float[np.ndarray, "_"]
+    text: Float[np.ndarray, "_"]
+    best: Int[np.ndarray, "_"]
+    passed: bool | None
+    figures: Figures
+
+
+def task_groups(task: Path, generated: Path, references: Path, count: int) -> list[Group]:
+    """Return one group for each prompt of the course's task.
+
+    Args:
+      task: the JSON file.
+      generated: holds {key}/{prompt number}/.
+      references: holds {key}/.
+      count: pictures that each prompt must have.
+
+    Raises:
+      InputError: the file is not such a task, a folder is missing, or holds another number of pictures.
+    """
+    groups = []
+    for concept in read_task(task):
+        originals = list_pictures(references / concept.key, "--references")
+        for number, (prompt, plain, baseline) in enumerate(
+            zip(concept.prompts, concept.plain_prompts, concept.baselines)
+        ):
+            folder = generated / concept.key / str(number)
+            files = list_pictures(folder, "--generated")
+            if len(files) != count:
+                raise InputError(f"--generated {folder}: {len(files)} pictures, must be {count}; --count says how many")
+            stripped = without(concept.token, prompt)
+            groups.append(Group(f"{concept.key}.{number}", files, originals, plain, stripped, baseline))
+    return groups
+
+
+def without(token: str, prompt: str) -> str:
+    """Return the prompt with the learned word left out."""
+    return re.sub(r"\s+", " ", prompt.replace(token, " ")).strip()
+
+
+def list_pictures(folder: Path, flag: str) -> tuple[Path, ...]:
+    """Return the pictures of a folder in order of name.
+
+    Raises:
+      InputError: no such folder, or no pictures in it.
+    """
+    if not folder.expanduser().is_dir():
+        raise InputError(f"{flag} {folder}: no such folder")
+    found = tuple(pictures(folder.expanduser()))
+    if not found:
+        raise InputError(f"{flag} {folder}: holds no pictures")
+    return found
+
+
+def grade(encoder: Encoder, groups: Sequence[Group], batch_size: int, seed: int) -> list[Graded]:
+    """Return the scores of every group; each picture and each text is encoded once.
+
+    Raises:
+      InputError: a picture cannot be read, or a text is too long.
+    """
+    files = sorted({file for group in groups for file in (*group.files, *group.references)})
+    labels = np.zeros(len(files), np.int32)
+    features = encode_images(encoder, LabelledImages(list(map(str, files)), labels, ("",), files), batch_size)
+    if features.skipped:
+        raise InputError(f"{len(features.skipped)} pictures cannot be read; the first is {features.skipped[0]}")
+    place = {file: number for number, file in enumerate(files)}
+    texts = {ANYTHING, *(NAMING.format(word) for group in groups for word in group.words)}
+    texts |= {text for group in groups for text in (group.prompt, group.stripped) if text}
+    ordered = sorted(texts)
+    by_text = dict(zip(ordered, encode_prompts(encoder, ordered, truncate=False)))
+    scale = float(encoder.model.params["logit_scale"])
+
+    def embeds(chosen: Sequence[Path]) -> Embeds:
+        return features.embeds[[place[file] for file in chosen]]
+
+    return [_grade(group, embeds, by_text, scale, seed) for group in groups]
+
+
+def _grade(
+    group: Group,
+    embeds: Callable[[Sequence[Path]], Embeds],
+    by_text: dict[str, Float[np.ndarray, "F"]],
+    scale: float,
+    seed: int,
+) -> Graded:
+    drawn, originals = embeds(group.files), embeds(group.references)
+    image = image_scores(drawn, originals) if len(originals) else np.zeros(0)
+    text = text_scores(drawn, by_text[group.prompt], scale) if group.prompt else np.zeros(0)
+    figures: Figures = {"pictures": len(drawn), "references": len(originals)}
+
+    def add(name: str, values: Float[np.ndarray, "_"]) -> None:
+        interval = mean_interval(values, seed)
+        figures.update({name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high})
+
+    best, passed = np.zeros(0, np.int64), None
+    if len(image) and len(text):
+        best = best_pictures(image, text)
+        found = float(image[best].mean()), float(text[best].mean())
+        figures |= {"best.image_score": found[0], "best.text_score": found[1]}
+        if group.baseline is not None:
+            passed = all(score >= least for score, least in zip(found, group.baseline))
+            figures["passed"] = int(passed)
+    if len(image):
+        add("image_score", image)
+        add("clip_i", image / 100)
+        figures["clip_i_times_2.5"] = 2.5 * float(np.maximum(image / 100, 0).mean())
+        if min(len(drawn), len(originals)) > 1:
+            interval = cmmd_interval(drawn, originals, seed)
+            figures |= {"cmmd": interval.mean, "cmmd_low": interval.low, "cmmd_high": interval.high}
+            figures["cmmd_with_self_pairs"] = cmmd(drawn, originals, unbiased=False)
+    if len(text):
+        add("text_score", text)
+    for name, prompt in (("clip_t", group.prompt), ("clip_t_stripped", group.stripped)):
+        if prompt:
+            cosine = text_scores(drawn, by_text[prompt], 0.0)
+            add(name, cosine)
+            figures[f"{name}_times_2.5"] = 2.5 * float(np.maximum(cosine, 0).mean())
+    anything = by_text[ANYTHING]
+    margins = {word: presence_margins(drawn, by_text[NAMING.format(word)], anything, scale) for word in group.words}
+    for word, margin in margins.items():
+        add(f"presence_margin.{word}", margin)
+        figures[f"present.{word}"] = float((margin > 0).mean())
+    if len(margins) > 1:
+        figures["all_present"] = float(np.all([margin > 0 for margin in margins.values()], axis=0).mean())
+    return Graded(group, image, text, best, passed, figures)

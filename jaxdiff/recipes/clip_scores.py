@@ -1,0 +1,109 @@
+"""How well pictures show a concept and a text, by CLIP's embeddings, all of length 1.
+
+    (1)  image score  mean over references r of 100 cos(x, r)                       (the course's grader)
+    (2)  text score   exp(logit_scale) cos(x, t)                                    (the same)
+    (3)  of one prompt's pictures, the five with the largest image score + 2.5 text score count, by their means
+    (4)  CLIP-I  mean of cos(x, r),  CLIP-T  mean of cos(x, t)                      (arXiv 2208.12242, section 5.1)
+    (5)  CLIPScore  2.5 max(cos(x, t), 0)                                           (arXiv 2104.08718, equation 1)
+    (6)  CMMD  1000 (k_xx + k_yy - 2 k_xy),  k(a, b) = exp(-|a - b|^2 / (2 10^2))   (arXiv 2401.09603, section 4)
+
+Papers disagree on the scale of (4) and on whether the text still holds the learned word, so both are given. In (6) the
+means of k_xx and k_yy leave out pairs of a picture with itself, as the paper's estimator does; its published code keeps
+them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+BEST = 5
+TEXT_WEIGHT = 2.5
+RESAMPLES = 2000
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+
+Embeds = Float[np.ndarray, "_ F"]
+Scores = Float[np.ndarray, "N"]
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def image_scores(pictures: Embeds, references: Embeds) -> Float[np.ndarray, "_"]:
+    """Return equation (1) for every picture."""
+    return 100 * (pictures.astype(np.float64) @ references.astype(np.float64).mean(axis=0))
+
+
+def text_scores(pictures: Embeds, text: Float[np.ndarray, "F"], logit_scale: float) -> Float[np.ndarray, "_"]:
+    """Return equation (2) for every picture; `logit_scale` is the natural logarithm of the factor."""
+    return np.exp(logit_scale) * (pictures.astype(np.float64) @ text.astype(np.float64))
+
+
+def best_pictures(image: Scores, text: Scores, number: int = BEST) -> Int[np.ndarray, "_"]:
+    """Return the positions of the pictures that count by (3), the best first."""
+    return np.argsort(-(image + TEXT_WEIGHT * text), kind="stable")[:number]
+
+
+def presence_margins(
+    pictures: Embeds, word: Float[np.ndarray, "F"], anything: Float[np.ndarray, "F"], logit_scale: float
+) -> Float[np.ndarray, "_"]:
+    """Return how much better every picture fits a text with a concept's word than the same text without it.
+
+    Above 0, of the two texts CLIP takes the one that names the concept.
+    """
+    return text_scores(pictures, word, logit_scale) - text_scores(pictures, anything, logit_scale)
+
+
+def mean_interval(values: Scores, seed: int) -> Interval:
+    """Return the mean with its 95 % percentile bootstrap interval (Efron 1979) over pictures."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def cmmd(pictures: Embeds, references: Embeds, unbiased: bool = True) -> float:
+    """Return equation (6).
+
+    Args:
+      pictures: at least two.
+      references: at least two.
+      unbiased: leave out pairs of a picture with itself.
+    """
+
+    def kernel(a: Embeds, b: Embeds) -> Float[np.ndarray, "n m"]:
+        # Of vectors of length 1, |a - b|^2 = 2 - 2 a.b.
+        distance = 2 - 2 * (a.astype(np.float64) @ b.astype(np.float64).T)
+        return np.exp(-distance / (2 * CMMD_SIGMA**2))
+
+    def within(a: Embeds) -> float:
+        values = kernel(a, a)
+        if not unbiased:
+            return float(values.mean())
+        return float((values.sum() - np.trace(values)) / (len(a) * (len(a) - 1)))
+
+    return CMMD_SCALE * (within(pictures) + within(references) - 2 * float(kernel(pictures, references).mean()))
+
+
+def cmmd_interval(pictures: Embeds, references: Embeds, seed: int, resamples: int = 200) -> Interval:
+    """Return CMMD and the 95 % interval of its values on halves of the pictures, against all references.
+
+    Drawing with replacement would count pictures as their own doubles, which (6) takes for likeness; halves drawn
+    without replacement (Politis & Romano 1994) spread as the whole does, scaled by the square root of their share.
+    """
+    rng = np.random.default_rng(seed)
+    whole, half = cmmd(pictures, references), max(2, len(pictures) // 2)
+    if half == len(pictures):
+        return Interval(whole, whole, whole)
+    drawn = np.array([
+        cmmd(pictures[rng.permutation(len(pictures))[:half]], references) for _ in range(resamples)
+    ])  # fmt: skip
+    # Of a half drawn without replacement: variance (1/half - 1/all); of the whole: 1/all.
+    spread = (drawn - drawn.mean()) * np.sqrt(half / (len(pictures) - half))
+    low, high = np.percentile(spread, (2.5, 97.5))
+    return Interval(whole, whole + float(low), whole + float(high))

@@ -1,0 +1,206 @@
+"""`python -m jaxdiff.clip_scores` against the course's grader and other scores, computed apart from ours in torch."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from clip_twins import make_twin
+from clip_vocabulary import vocabulary, write_vocabulary
+from commands import run_here
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
+from jaxdiff import clip_scores
+from jaxdiff.recipes.clip_scores import cmmd, cmmd_interval, mean_interval
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+COUNT = 6
+PROMPTS = ["A cat on a digit.", "A photo of it!!"]
+
+
+def score(*args: str):
+    return run_here(clip_scores.main, *args)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXDIFF_CACHE", str(tmp_path / "cache"))
+
+
+def cut(folder, count: int, seed: int):
+    """Write real pictures, cut from photographs."""
+    folder.mkdir(parents=True)
+    photos, rng = load_sample_images().images, np.random.default_rng(seed)
+    for number in range(count):
+        photo = photos[rng.integers(2)]
+        height, width = rng.integers(30, 90, 2)
+        top, left = rng.integers(photo.shape[0] - height), rng.integers(photo.shape[1] - width)
+        Image.fromarray(photo[top : top + height, left : left + width]).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny CLIP, and a task of one concept with two prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    ids = vocabulary()
+    ends = {"bos_token_id": ids["<|startoftext|>"], "eos_token_id": ids["<|endoftext|>"]}
+    small = {"num_hidden_layers": 1, "vocab_size": len(ids), "max_position_embeddings": 77, **ends}
+    twin = make_twin(small, {"num_hidden_layers": 1})
+    twin.save_pretrained(folder / "clip")
+    CLIPImageProcessorPil(size=20, crop_size=20).save_pretrained(folder / "clip")
+    write_vocabulary(folder / "clip")
+    cut(folder / "references" / "0", 3, 0)
+    for number in range(2):
+        cut(folder / "generated" / "0" / str(number), COUNT, 1 + number)
+    task = {
+        "src_image": "cat",
+        "token_name": "<new1>",
+        "prompt": [text.replace("cat", "<new1>") for text in PROMPTS],
+        "prompt_4_clip_eval": PROMPTS,
+        "baseline": [[-100, -100], [101, 0]],
+    }
+    (folder / "input.json").write_text(json.dumps({"0": task}))
+    return folder, twin
+
+
+def embed(folder, twin, files=(), texts=()) -> torch.Tensor:
+    """Return embeddings of length 1 by transformers."""
+    with torch.no_grad():
+        if texts:
+            tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
+            found = twin.get_text_features(**tokenizer(list(texts), padding=True, return_tensors="pt"))
+        else:
+            processor = CLIPImageProcessorPil.from_pretrained(folder / "clip")
+            pixels = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")
+            found = twin.get_image_features(**pixels)
+    found = getattr(found, "pooler_output", found)
+    return found / found.norm(dim=1, keepdim=True)
+
+
+def listed(folder):
+    return [folder / f"{number}.png" for number in range(len(list(folder.iterdir())))]
+
+
+def test_the_grade_is_that_of_the_course(world, tmp_path):
+    folder, twin = world
+    answer = score(
+        f"--task={folder / 'input.json'}",
+        f"--generated={folder / 'generated'}",
+        f"--references={folder / 'references'}",
+        f"--model={folder / 'clip'}",
+        f"--count={COUNT}",
+        f"--out={tmp_path / 'out'}",
+    )
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    references = embed(folder, twin, listed(folder / "references" / "0"))
+    scale = float(twin.logit_scale.exp())
+    rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
+    for number, prompt in enumerate(PROMPTS):
+        drawn = embed(folder, twin, listed(folder / "generated" / "0" / str(number)))
+        image = [100 * float(sum(torch.dot(one, other) for other in references)) / 3 for one in drawn]
+        text = [scale * float(torch.dot(one, embed(folder, twin, texts=[prompt])[0])) for one in drawn]
+        best = sorted(range(COUNT), key=lambda i, image=image, text=text: -(image[i] + 2.5 * text[i]))[:5]
+        means = [sum(scores[i] for i in best) / 5 for scores in (image, text)]
+        found = [results[f"0.{number}.best.{name}"] for name in ("image_score", "text_score")]
+        np.testing.assert_allclose(found, means, rtol=1e-4)
+        assert results[f"0.{number}.passed"] == (1, 0)[number]
+        mine = rows[number * COUNT : (number + 1) * COUNT]
+        np.testing.assert_allclose([float(row["image_score"]) for row in mine], image, atol=2e-3)
+        assert [i for i, row in enumerate(mine) if row["among_best"] == "1"] == sorted(best)
+        # The word left out of "A <new1> on a digit." leaves "A on a digit.".
+        stripped = embed(folder, twin, texts=[prompt.replace("cat ", "")])[0]
+        np.testing.assert_allclose(results[f"0.{number}.clip_t_stripped"], float((drawn @ stripped).mean()), atol=1e-5)
+    assert (results["passed"], results["graded"]) == (1, 2)
+    assert "0.0: PASS" in answer.out
+    assert "0.1: FAIL" in answer.out
+
+
+def test_two_folders_are_compared_and_words_looked_for(world, tmp_path):
+    folder, twin = world
+    generated, references = folder / "generated" / "0" / "0", folder / "references" / "0"
+    answer = score(
+        f"--generated={generated}", f"--references={references}", "--prompt=a <x> photo", "--token=<x>",
+        "--words", "cat", "digit", f"--model={folder / 'clip'}", f"--out={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    x, y = (embed(folder, twin, listed(place)).double() for place in (generated, references))
+
+    def mean_kernel(a, b, pairs):
+        return np.mean([np.exp(-float((a[i] - b[j]).square().sum()) / 200) for i, j in pairs])
+
+    both = [(i, j) for i in range(len(x)) for j in range(len(y))]
+    for name, apart in (("cmmd", True), ("cmmd_with_self_pairs", False)):
+        within = [
+            mean_kernel(z, z, [(i, j) for i in range(len(z)) for j in range(len(z)) if not apart or i != j])
+            for z in (x, y)
+        ]
+        expected = 1000 * (sum(within) - 2 * mean_kernel(x, y, both))
+        np.testing.assert_allclose(results[f"pictures.{name}"], expected, rtol=1e-3, atol=1e-4)
+    texts = embed(folder, twin, texts=["a photo of cat", "a photo of digit", "a photo"]).double()
+    logits = x @ texts.T
+    present = (logits[:, :2] > logits[:, 2:]).numpy()
+    assert [results[f"pictures.present.{word}"] for word in ("cat", "digit")] == present.mean(0).tolist()
+    assert results["pictures.all_present"] == present.all(1).mean()
+    np.testing.assert_allclose(results["pictures.clip_i"], float((x @ y.T).mean()), atol=1e-5)
+
+
+def test_intervals_have_the_width_that_theory_gives():
+    rng = np.random.default_rng(0)
+    interval = mean_interval(rng.normal(5, 2, 400), seed=1)
+    np.testing.assert_allclose((interval.high - interval.low) / 2, 1.96 * 2 / 20, rtol=0.15)
+    # CMMD of many fresh draws from one distribution, against the interval of a single one.
+    angles = rng.normal(0, 0.5, (200, 60))
+    circles = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    references = np.stack([np.cos(a := rng.normal(0.3, 0.5, 500)), np.sin(a)], axis=-1)
+    spread = np.std([cmmd(one, references) for one in circles])
+    found = cmmd_interval(circles[0], references, seed=0)
+    np.testing.assert_allclose((found.high - found.low) / 2, 1.96 * spread, rtol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "sentence"),
+    [
+        ({}, ["--count=25"], "6 pictures, must be 25"),
+        ({"prompt": []}, [], "prompt of '0' must be a list of texts, is []"),
+        ({"prompt": ["a"]}, [], "'0' has 1 prompts, 2 prompts to grade by and 2 baselines"),
+        ({"baseline": [[1, 2], [3]]}, [], "baseline of '0' must be a list of pairs of numbers"),
+        ({"token_name": 5}, [], "token_name of '0' must be a text, is 5"),
+        ({}, ["--references=nowhere"], "--references nowhere/0: no such folder"),
+        ({}, ["--prompt=a"], "--task brings its own prompts"),
+    ],
+)
+def test_a_task_that_cannot_be_graded_is_one_sentence(world, tmp_path, change, flags, sentence):
+    folder, _ = world
+    task = json.loads((folder / "input.json").read_text())
+    task["0"] |= change
+    (tmp_path / "input.json").write_text(json.dumps(task))
+    places = [f"--{name}={folder / name}" for name in ("generated", "references")]
+    answer = score(f"--task={tmp_path / 'input.json'}", *places, "--count=6", *flags, f"--out={tmp_path / 'out'}")
+    assert answer.code == 2
+    assert sentence in answer.sentence
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "nothing to score by"),
+        (["--prompt=a", "--token=<x>"], "--token '<x>' is not in --prompt 'a'"),
+        (["--prompt=a", "--count=3"], "--count has no effect without --task"),
+        (["--prompt=a", "--references=empty"], "--references empty: holds no pictures"),
+        (["--prompt=a"], "1 pictures cannot be read; the first is"),
+    ],
+)
+def test_pictures_that_cannot_be_scored_are_one_sentence(world, tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    cut(tmp_path / "pictures", 2, 0)
+    (tmp_path / "pictures" / "1.png").write_bytes(b"no picture")
+    answer = score("--generated=pictures", f"--model={world[0] / 'clip'}", *flags)
+    assert answer.code == 2
+    assert sentence in answer.sentence
