@@ -100,7 +100,7 @@ class Autoencoder(nn.Module):
         """Return pixels, about in [-1, 1], in float32; `latents` are not scaled by equation (2)."""
         return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(jnp.float32)
 
-    def __call__(self, images: Images) -> Images:
+    def __call__(self, images: Images) -> Float[Array, "B H W D"]:
         """Return the decoded mean of each image."""
         return self.decode(self.encode(images).mean)
 

@@ -148,7 +148,8 @@ def make_latent_sampler(
         broken = ~jnp.isfinite(states.x_t).all(axis=(1, 2, 3, 4))
         return Sampled(latents, jnp.where(broken.any(), jnp.argmax(broken), 0))
 
-    return jax.jit(run, donate_argnums=1, out_shardings=Sampled(batch_split(mesh), replicated(mesh)))
+    places: Any = Sampled(batch_split(mesh), replicated(mesh))  # type: ignore[arg-type]
+    return jax.jit(run, donate_argnums=1, out_shardings=places)
 
 
 def decode_latents(model: StableDiffusion, params: Params, latents: Latents) -> Images:

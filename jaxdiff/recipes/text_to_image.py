@@ -25,7 +25,7 @@ from jaxdiff.io.images import read_image, read_png_texts, to_uint8, write_png
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.tokenizer import CLIPTokenizer
-from jaxdiff.mesh import replicated, round_up
+from jaxdiff.mesh import batch_split, replicated, round_up
 from jaxdiff.recipes.learned_words import spell_out
 from jaxdiff.recipes.sampling import in_batches
 from jaxdiff.recipes.stable_diffusion import (
@@ -123,7 +123,7 @@ class TextToImage:
         *context, avoided = self.encode([*prompts, self.settings.negative])
         shape = self.model.latent_shape(*self.size)
         base = stream_key(self.settings.seed, Stream.SAMPLES)
-        start = jax.jit(lambda numbers: _start(base, numbers, shape))
+        start = jax.jit(lambda numbers: _start(base, numbers, shape), out_shardings=batch_split(self.mesh))
         numbers = np.array([(job.prompt, job.number) for job in jobs], np.int32)
         left = list(jobs)
         for (pairs, texts), count in in_batches(
