@@ -168,6 +168,7 @@ def edit(path, **changes):
         (("--prompt=a", "--revision=main"), "--revision has no effect with --model tiny"),
         (("--prompt=a", "--model=owner/none"), "the Hugging Face hub cannot be reached"),
         (("--prompt=a", "--model=./none"), "./none: no such folder"),
+        (("--prompt=a", "--model=empty.txt"), "is a single file; `python -m weights_convert stable_diffusion"),
         (("--prompt=a", "--model=."), "has no model_index.json, so it is no folder of a diffusers pipeline"),
         (("--prompt=a", "--embeddings=none.bin"), "--embeddings none.bin: no such file"),
         (("--prompt=a", "--embeddings=wide.safetensors"), "<w>: its vectors have 5 numbers, but this model's tokens"),

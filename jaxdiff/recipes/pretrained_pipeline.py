@@ -283,6 +283,10 @@ def read_models(
     Raises:
       InputError: a config is missing, or says what jaxdiff does not have.
     """
+    if Path(name).expanduser().is_file():
+        raise InputError(
+            f"{name}: is a single file; `python -m weights_convert stable_diffusion {name} DIR` makes a folder of it"
+        )
     check_index(name, open_model(name, revision, **options))
     models = {}
     for part, kind in NETWORKS.items():
