@@ -62,8 +62,8 @@ class DiffusionSettings:
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """Optimisation, condition dropout, and how often things are written."""
+class OptimizationSettings:
+    """How parameters are trained, and how often things are written."""
 
     train_steps: int = 2000
     """Training steps."""
@@ -81,12 +81,6 @@ class TrainingSettings:
     """Largest global norm of a gradient."""
     ema_decay: float = 0.995
     """Limit of the decay of the parameter average that is sampled from, in [0, 1)."""
-    class_dropout: float = 0.1
-    """Probability that an image loses its class alone."""
-    domain_dropout: float = 0.0
-    """Probability that an image loses its domain alone."""
-    joint_dropout: float = 0.1
-    """Probability that an image loses both."""
     log_every: int = 20
     """Steps between logged figures."""
     save_every: int = 250
@@ -95,18 +89,30 @@ class TrainingSettings:
     """Steps between sample grids."""
 
     def __post_init__(self):
-        for name in (
-            "train_steps",
-            "batch_size",
-            "accumulation_steps",
-            "log_every",
-            "save_every",
-            "sample_every",
-        ):
+        for name in ("train_steps", "batch_size", "accumulation_steps", "log_every", "save_every", "sample_every"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("warmup_steps", "weight_decay"):
             require_at_least(name, getattr(self, name), 0)
-        for name in ("class_dropout", "domain_dropout", "joint_dropout", "ema_decay"):
+        require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{as_flag(name)} must be positive and finite, got {value}")
+
+
+@dataclass(frozen=True)
+class TrainingSettings(OptimizationSettings):
+    """Optimisation, condition dropout, and how often things are written."""
+
+    class_dropout: float = 0.1
+    """Probability that an image loses its class alone."""
+    domain_dropout: float = 0.0
+    """Probability that an image loses its domain alone."""
+    joint_dropout: float = 0.1
+    """Probability that an image loses both."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("class_dropout", "domain_dropout", "joint_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{as_flag(name)} must lie in [0, 1), got {value}")
         require(
@@ -114,9 +120,6 @@ class TrainingSettings:
             "--class-dropout, --domain-dropout and --joint-dropout exclude each other and must add up to at most 1, "
             f"got {self.any_dropout:g}",
         )
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{as_flag(name)} must be positive and finite, got {value}")
 
     @property
     def any_dropout(self) -> float:

@@ -161,6 +161,10 @@ class CLIPTokenizer:
         first = self.vocab_size - len(tokens)
         return list(range(first, first + len(tokens)))
 
+    def name_of(self, number: int) -> str:
+        """Return the token of an id, in the vocabulary's spelling."""
+        return str(self._tokenizer.id_to_token(number))
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""

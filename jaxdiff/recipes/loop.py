@@ -17,7 +17,7 @@ from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.metrics import MetricsLog
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.recipes.training import StepResult, TrainState, fit
-from jaxdiff.settings import TrainingSettings
+from jaxdiff.settings import OptimizationSettings
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TrainingLoop:
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     batch_at: Callable[[int], Any]
-    settings: TrainingSettings
+    settings: OptimizationSettings
     mesh: Mesh
     checkpoints: Checkpoints
     log: MetricsLog

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from jaxdiff.mesh import put_batch, replicated
 from jaxdiff.shapes import ImageKeys, PRNGKey
 
-LossFn = Callable[[Any, Any, ImageKeys], jax.Array]
-"""(params, batch, one key for each image) -> mean loss."""
+LossFn = Callable[..., jax.Array]
+"""(params, batch, one key for each image) -> mean loss; last of all the frozen parameters, where there are any."""
 
 
 class Stream(IntEnum):
@@ -93,6 +93,7 @@ def make_train_step(
     mesh: Mesh,
     ema_decay: float,
     accumulation_steps: int = 1,
+    frozen: Any = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted `(state, batch) -> (state, metrics)`; the state's buffers are donated.
 
@@ -102,11 +103,13 @@ def make_train_step(
       mesh: devices that share the batch.
       ema_decay: limit of the parameter average's decay, in [0, 1).
       accumulation_steps: equal parts that the batch is worked through in, to save memory.
+      frozen: parameters that the loss needs and nothing changes; None for none.
     """
+    others = () if frozen is None else (frozen,)
 
-    def mean_gradients(params, batch, keys):
+    def mean_gradients(params, batch, keys, *others):
         if accumulation_steps == 1:
-            return jax.value_and_grad(loss_fn)(params, batch, keys)
+            return jax.value_and_grad(loss_fn)(params, batch, keys, *others)
         # Part j takes images j, j+n, j+2n, ..., so that every device keeps the images it already holds.
         parts = jax.tree.map(
             lambda leaf: jnp.swapaxes(leaf.reshape(-1, accumulation_steps, *leaf.shape[1:]), 0, 1),
@@ -114,16 +117,16 @@ def make_train_step(
         )
 
         def add_part(total, part):
-            result = jax.value_and_grad(loss_fn)(params, *part)
+            result = jax.value_and_grad(loss_fn)(params, *part, *others)
             return jax.tree.map(jnp.add, total, result), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(add_part, zeros, parts)
         return jax.tree.map(lambda leaf: leaf / accumulation_steps, total)
 
-    def train_step(state: TrainState, batch):
+    def train_step(state: TrainState, batch, *others):
         keys = image_keys_at(state.key, state.step, jax.tree.leaves(batch)[0].shape[0])
-        loss, gradients = mean_gradients(state.params, batch, keys)
+        loss, gradients = mean_gradients(state.params, batch, keys, *others)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -131,7 +134,8 @@ def make_train_step(
         new_state = TrainState(state.step + 1, params, ema_params, opt_state, state.key)
         return new_state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
+    compiled = jax.jit(train_step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
+    return lambda state, batch: compiled(state, batch, *others)
 
 
 def image_keys_at(key: PRNGKey, step: jax.Array, batch_size: int) -> ImageKeys:

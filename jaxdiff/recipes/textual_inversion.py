@@ -1,0 +1,187 @@
+"""Textual inversion: learn the embedding of a new word from a few pictures, everything else frozen (arXiv 2208.01618).
+
+    (1)  rows = argmin E |eps - eps_hat(x_t, t, c(text; rows))|^2        (equation 2; v for models that predict v)
+    (2)  x_0 = scaling_factor (mean + std z),  z drawn anew each step    (mean and std of each picture known beforehand)
+
+The rows are the only parameters that the optimiser knows. Inside the step they stand below the frozen table, so the
+gradient of (1) passes through the text encoder, and nothing else can move.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from jaxdiff.diffusion.loss import Weighting, diffusion_loss, q_sample
+from jaxdiff.errors import InputError
+from jaxdiff.io.concept_pictures import Concept, templates_of
+from jaxdiff.io.images import to_float
+from jaxdiff.io.learned_embeddings import Learned
+from jaxdiff.io.tokenizer import CLIPTokenizer
+from jaxdiff.mesh import replicated, round_up
+from jaxdiff.models.autoencoder import LatentNormal
+from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf, spell_out
+from jaxdiff.recipes.sampling import in_batches
+from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion, encode_texts
+from jaxdiff.recipes.training import LossFn
+from jaxdiff.shapes import ImageKeys
+
+Rows = Mapping[str, Float[Array, "n D"]]
+"""By word, the vectors that are learned, float32."""
+PICTURES_AT_ONCE = 4
+
+
+class InversionBatch(NamedTuple):
+    """Texts that hold the new words, each with what its picture's latents may be; NumPy or JAX arrays.
+
+    Attributes:
+      input_ids: tokens, (B, L).
+      mean: of the latents, (B, h, w, c).
+      log_variance: of the latents, (B, h, w, c).
+    """
+
+    input_ids: Any
+    mean: Any
+    log_variance: Any
+
+
+def initial_rows(
+    params: Params, tokenizer: CLIPTokenizer, concepts: Sequence[Concept], vectors: int, mean: bool
+) -> Learned:
+    """Return the rows that learning starts from: `vectors` times the embedding of each concept's initialiser.
+
+    Args:
+      params: of the model.
+      tokenizer: of the model.
+      concepts: words to learn.
+      vectors: rows of each word.
+      mean: of an initialiser of several tokens, take the mean.
+
+    Raises:
+      InputError: an initialiser is several tokens, and not to be averaged.
+    """
+    table = np.asarray(get_leaf(params, TABLE), np.float32)
+    rows = {}
+    for concept in concepts:
+        ids = tokenizer([concept.initializer]).input_ids[0][1:-1]
+        if len(ids) > 1 and not mean:
+            pieces = " + ".join(repr(tokenizer.name_of(int(number))) for number in ids)
+            raise InputError(
+                f"--concept {concept.word}: the initialiser {concept.initializer!r} is several tokens, {pieces}: "
+                "choose a word of one token, or start from their mean by --mean-initializer"
+            )
+        rows[concept.word] = np.repeat(table[ids].mean(axis=0, keepdims=True), vectors, axis=0)
+    return rows
+
+
+def with_rows(params: Params, rows: Rows) -> Params:
+    """Return the parameters with the rows below the frozen table."""
+    table = get_leaf(params, TABLE)
+    return set_leaf(params, TABLE, jnp.concatenate([table, *(row.astype(table.dtype) for row in rows.values())]))
+
+
+def make_inversion_loss(
+    model: StableDiffusion, words: Sequence[str], weighting: Weighting = "constant", gamma: float = 5.0
+) -> LossFn:
+    """Return equation (1) as `(rows, batch, keys, frozen parameters) -> mean loss`.
+
+    Args:
+      model: from `add_words`, whose text encoder has room for the rows.
+      words: in the order in which they were added.
+      weighting: of noise levels.
+      gamma: clamp of min-SNR weighting.
+    """
+    schedule = model.diffusion.make_schedule()
+    scale = model.autoencoder.config.scaling_factor
+
+    def loss_fn(rows: Rows, batch: InversionBatch, keys: ImageKeys, frozen: Params) -> jax.Array:
+        key_z, key_t, key_eps = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+
+        def normals(keys: ImageKeys) -> Array:
+            return jax.vmap(lambda key: jax.random.normal(key, batch.mean.shape[1:]))(keys)
+
+        x_0 = scale * (batch.mean + jnp.exp(0.5 * batch.log_variance) * normals(key_z))
+        t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_train_timesteps))(key_t)
+        eps = normals(key_eps)
+        alpha_t, sigma_t = schedule.alpha_sigma(t)
+        context = encode_texts(model, with_rows(frozen, {word: rows[word] for word in words}), batch.input_ids)
+        output: Any = model.unet.apply({"params": frozen["unet"]}, q_sample(x_0, eps, alpha_t, sigma_t), t, context)
+        losses = diffusion_loss(
+            output,
+            x_0,
+            eps,
+            alpha_t,
+            sigma_t,
+            schedule.logsnr(t),
+            model.diffusion.prediction_type,
+            weighting,
+            gamma,
+            schedule.logsnr_slope(t),
+        )
+        return jnp.mean(losses)
+
+    return loss_fn
+
+
+def encode_pictures(
+    model: StableDiffusion, params: Params, pixels: UInt8[np.ndarray, "N H W 3"], mesh: Mesh
+) -> LatentNormal:
+    """Return mean and log variance of the latents of each picture, in float32, as NumPy arrays."""
+
+    def encode(params: Any, part: UInt8[Array, "B H W 3"]) -> LatentNormal:
+        return model.autoencoder.apply({"params": params}, to_float(part), method="encode")  # type: ignore[return-value]
+
+    compiled = jax.jit(encode, out_shardings=replicated(mesh))
+    batch = round_up(min(PICTURES_AT_ONCE, len(pixels)), mesh)
+    parts = [
+        jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], compiled(params["vae"], part))
+        for part, count in in_batches(pixels, batch, mesh)
+    ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def make_batches(
+    concepts: Sequence[Concept],
+    latents: Sequence[LatentNormal],
+    tokenizer: CLIPTokenizer,
+    learned: Learned,
+    batch_size: int,
+    seed: int,
+) -> Callable[[int], InversionBatch]:
+    """Return batch k as a pure function of (seed, k): concept, picture and text of each place are drawn evenly.
+
+    Args:
+      concepts: words to learn.
+      latents: of the pictures of each.
+      tokenizer: which knows the words.
+      learned: their rows, however many.
+      batch_size: pictures of a batch.
+      seed: of the draws.
+    """
+    length = tokenizer.context_length
+    texts = [
+        tokenizer([spell_out(text, learned) for text in found], length=length).input_ids
+        for found in templates_of(concepts)
+    ]
+
+    def batch_at(step: int) -> InversionBatch:
+        rng = np.random.default_rng([seed, step])
+        chosen = rng.integers(len(concepts), size=batch_size)
+        places = [rng.integers(len(latents[concept].mean)) for concept in chosen]
+        ids = np.stack([texts[concept][rng.integers(len(texts[concept]))] for concept in chosen])
+        mean, log_variance = (
+            np.stack([np.asarray(part[concept])[place] for concept, place in zip(chosen, places)])
+            for part in zip(*((found.mean, found.log_variance) for found in latents))
+        )
+        return InversionBatch(ids, mean, log_variance)
+
+    return batch_at
+
+
+def without_words(params: Params, rows: int) -> Params:
+    """Return the parameters with the last rows of the table, which are learned, left out."""
+    return set_leaf(params, TABLE, get_leaf(params, TABLE)[:-rows])

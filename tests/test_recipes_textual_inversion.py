@@ -1,0 +1,223 @@
+"""Textual inversion against the same in torch: gradients of the rows, and ten steps of the whole training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_sample_images
+from stable_diffusion_twins import SCHEDULER, make_pipeline
+
+from jaxdiff import FlaxStableDiffusionPipeline
+from jaxdiff.errors import InputError
+from jaxdiff.io.concept_pictures import TEMPLATES, parse_concept, read_concept_pictures
+from jaxdiff.io.learned_embeddings import write_learned
+from jaxdiff.mesh import make_mesh, put_batch
+from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf, spell_out
+from jaxdiff.recipes.stable_diffusion import encode_texts
+from jaxdiff.recipes.textual_inversion import (
+    encode_pictures,
+    initial_rows,
+    make_batches,
+    make_inversion_loss,
+    with_rows,
+    without_words,
+)
+from jaxdiff.recipes.training import create_state, fit, image_keys_at, make_train_step
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+LEARNING_RATE, BATCH, STEPS = 0.02, 8, 10
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny pipeline on both sides, and two concepts of a few real pictures."""
+    folder = tmp_path_factory.mktemp("inversion")
+    make_pipeline(folder / "model")
+    theirs = StableDiffusionPipeline.from_pretrained(folder / "model")
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    for name, photo in zip(("thing", "style"), load_sample_images().images):
+        (folder / name).mkdir()
+        for number in range(3):
+            top, left = rng.integers(300), rng.integers(500)
+            Image.fromarray(photo[top : top + 60, left : left + 80]).save(folder / name / f"{number}.png")
+    concepts = [parse_concept(f"<one>:{folder / 'thing'}:cat"), parse_concept(f"<two>:{folder / 'style'}:of:style")]
+    rows = initial_rows(params, pipeline.tokenizer, concepts, 2, mean=False)
+    model, with_words = add_words(pipeline.model, params, pipeline.tokenizer, rows)
+    mesh = make_mesh(1)
+    latents = [encode_pictures(model, with_words, read_concept_pictures(concept, 32), mesh) for concept in concepts]
+    batch_at = make_batches(concepts, latents, pipeline.tokenizer, rows, BATCH, seed=5)
+    return theirs, model, params, rows, batch_at, pipeline.tokenizer, concepts
+
+
+def test_what_learning_starts_from(world):
+    theirs, _, params, rows, _, tokenizer, concepts = world
+    table = theirs.text_encoder.get_input_embeddings().weight.detach().numpy()
+    number = theirs.tokenizer("cat").input_ids[1]
+    np.testing.assert_array_equal(rows["<one>"], np.stack([table[number]] * 2))
+    several = [parse_concept("<three>:x:cat digit")]
+    with pytest.raises(InputError, match=r"several tokens, 'cat</w>' \+ 'digit</w>'"):
+        initial_rows(params, tokenizer, several, 1, mean=False)
+    ids = theirs.tokenizer("cat digit").input_ids[1:-1]
+    np.testing.assert_allclose(
+        initial_rows(params, tokenizer, several, 1, mean=True)["<three>"][0], table[ids].mean(0), rtol=1e-6
+    )
+    assert concepts[1].kind == "style"
+
+
+def test_pictures_are_encoded_as_by_diffusers(world):
+    theirs, model, params, *_, concepts = world
+    pixels = read_concept_pictures(concepts[0], 32)
+    found = encode_pictures(model, params, pixels, make_mesh(1))
+    with torch.no_grad():
+        images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+        expected = theirs.vae.encode(images).latent_dist
+    np.testing.assert_allclose(found.mean, expected.mean.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+    np.testing.assert_allclose(found.log_variance, expected.logvar.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+class Twin:
+    """The same training in torch: the whole table is trained, and all but the new rows is put back after each step."""
+
+    def __init__(self, theirs, rows):
+        self.pipeline = theirs
+        self.encoder, self.unet = theirs.text_encoder, theirs.unet
+        for module in (theirs.vae, self.unet, self.encoder):
+            module.requires_grad_(False)
+        start = torch.from_numpy(np.concatenate(list(rows.values())))
+        old = self.encoder.get_input_embeddings().weight.detach().clone()
+        self.encoder.resize_token_embeddings(len(old) + len(start), mean_resizing=False)
+        self.table = self.encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            self.table[: len(old)], self.table[len(old) :] = old, start
+        self.table.requires_grad_(True)
+        self.old = old
+        self.scheduler = DDPMScheduler(**{n: SCHEDULER[n] for n in ("beta_start", "beta_end", "beta_schedule")})
+
+    def loss(self, batch, z, t, eps) -> torch.Tensor:
+        """Return the loss with given random numbers, channels last."""
+        mean, log_variance, z, eps = (
+            torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy())
+            for x in (batch.mean, batch.log_variance, z, eps)
+        )
+        x_0 = 0.18215 * (mean + torch.exp(0.5 * log_variance) * z)
+        t = torch.from_numpy(np.asarray(t)).long()
+        x_t = self.scheduler.add_noise(x_0, eps, t)
+        context = self.encoder(torch.from_numpy(batch.input_ids).long())[0]
+        return torch.nn.functional.mse_loss(self.unet(x_t, t, context).sample, eps)
+
+
+def draws(key, step: int, shape):
+    """Return the random numbers of one step, by the streams that the training documents."""
+    keys = image_keys_at(key, jnp.int32(step), BATCH)
+    split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+    z, eps = (jax.vmap(lambda key: jax.random.normal(key, shape))(split[i]) for i in (0, 2))
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, 1000))(split[1])
+    return z, t, eps
+
+
+def test_ten_steps_are_those_of_torch_and_nothing_else_moves(world):
+    theirs, model, params, rows, batch_at, *_ = world
+    before = jax.tree.map(np.array, params)
+    twin = Twin(theirs, rows)
+    optimizer = optax.adamw(LEARNING_RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    mesh = make_mesh(1)
+    loss_fn = make_inversion_loss(model, list(rows))
+    state = create_state({word: jnp.asarray(row) for word, row in rows.items()}, optimizer, jax.random.key(3), mesh)
+    key = jax.random.key(3)
+    # The gradient of the first step, alone.
+    batch = batch_at(0)
+    loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(
+        state.params, put_batch(batch, mesh), image_keys_at(key, jnp.int32(0), BATCH), params
+    )
+    theirs_loss = twin.loss(batch, *draws(key, 0, batch.mean.shape[1:]))
+    theirs_loss.backward()
+    found = np.concatenate([gradient[word] for word in rows])
+    expected = twin.table.grad[len(twin.old) :].numpy()
+    assert np.abs(expected).max() > 1e-4
+    np.testing.assert_allclose(float(loss), theirs_loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+    results = fit(state, make_train_step(loss_fn, optimizer, mesh, 0.9, frozen=params), batch_at, STEPS, mesh)
+    *_, last = results
+    adam = torch.optim.AdamW([twin.table], lr=LEARNING_RATE, weight_decay=0.0)
+    for step in range(STEPS):
+        adam.zero_grad()
+        batch = batch_at(step)
+        twin.loss(batch, *draws(key, step, batch.mean.shape[1:])).backward()
+        adam.step()
+        with torch.no_grad():
+            twin.table[: len(twin.old)] = twin.old
+    learned = np.concatenate([last.state.params[word] for word in rows])
+    np.testing.assert_allclose(learned, twin.table[len(twin.old) :].detach().numpy(), rtol=0, atol=1e-4)
+    assert (np.abs(learned - np.concatenate(list(rows.values()))).max(axis=1) > 0.01).all()
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_eight_devices_take_the_step_of_one(world):
+    _, model, params, rows, batch_at, *_ = world
+    found = []
+    for devices in (1, 8):
+        mesh = make_mesh(devices)
+        optimizer = optax.adam(LEARNING_RATE)
+        state = create_state({word: jnp.asarray(row) for word, row in rows.items()}, optimizer, jax.random.key(0), mesh)
+        step = make_train_step(make_inversion_loss(model, list(rows)), optimizer, mesh, 0.9, frozen=params)
+        state, _ = step(state, put_batch(batch_at(0), mesh))
+        found.append(jax.tree.map(np.asarray, state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)
+
+
+def test_saved_words_give_diffusers_the_same_vectors(world, tmp_path):
+    theirs, model, params, rows, _, tokenizer, _ = world
+    moved = {word: row + 0.1 * np.arange(len(row), dtype=np.float32)[:, None] for word, row in rows.items()}
+    write_learned(tmp_path / "learned_embeds.safetensors", moved)
+    fresh = StableDiffusionPipeline.from_pretrained(theirs.config._name_or_path)
+    for word, tensor in load_file(tmp_path / "learned_embeds.safetensors").items():
+        fresh.load_textual_inversion({word: tensor})
+    expected = fresh.encode_prompt("a photo of <one> in the style of <two>", "cpu", 1, False)[0].detach().numpy()
+    ids = tokenizer([spell_out("a photo of <one> in the style of <two>", moved)], length=77).input_ids
+    found = encode_texts(
+        model, with_rows(params, {word: jnp.asarray(row) for word, row in moved.items()}), jnp.asarray(ids)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    longer = with_rows(params, {word: jnp.asarray(row) for word, row in moved.items()})
+    np.testing.assert_array_equal(get_leaf(without_words(longer, 4), TABLE), get_leaf(params, TABLE))
+
+
+def test_batches_are_pure_functions_of_the_step(world):
+    *_, batch_at, _, concepts = world
+    jax.tree.map(np.testing.assert_array_equal, batch_at(7), batch_at(7))
+    assert np.abs(batch_at(7).mean - batch_at(8).mean).max() > 0
+    texts = {tuple(row) for step in range(60) for row in batch_at(step).input_ids.tolist()}
+    assert len(texts) == sum(len(TEMPLATES[concept.kind]) for concept in concepts)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("<new>", "must be <word>:FOLDER:initialiser"),
+        ("<new>:folder", "must be <word>:FOLDER:initialiser"),
+        ("<a b>:folder:dog", "the word '<a b>' holds a space"),
+        (":folder:dog", "must be <word>:FOLDER:initialiser"),
+    ],
+)
+def test_concepts_that_cannot_be_read(text, sentence):
+    with pytest.raises(InputError, match=sentence):
+        parse_concept(text)
+
+
+def test_folders_without_pictures_are_refused(tmp_path):
+    concept = parse_concept(f"<new>:{tmp_path}:dog")
+    with pytest.raises(InputError, match="holds no picture to learn from"):
+        read_concept_pictures(concept, 16)
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    Image.new("RGB", (5, 5)).save(tmp_path / "b.png")
+    with pytest.raises(InputError, match=r"the first of 2 that cannot be read is a\.png"):
+        read_concept_pictures(concept, 16)
+    with pytest.raises(InputError, match="no such folder"):
+        read_concept_pictures(parse_concept("<new>:/nowhere:dog"), 16)
