@@ -12,6 +12,7 @@ COMMANDS = {
     "zeroshot": "classify pictures by the names of their classes alone, with CLIP",
     "clip_scores": "score pictures by CLIP: likeness to references, fit to prompts, the course's grade",
     "text2image": "draw pictures from texts with Stable Diffusion",
+    "textual_inversion": "teach Stable Diffusion new words from a few pictures each",
 }
 
 

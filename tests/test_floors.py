@@ -10,7 +10,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxdiff"
 CONVERTERS = sorted((PACKAGE.parent / "weights_convert").rglob("*.py"))
 FOLDERS = {"diffusion": 1, "models": 1, "io": 1, "recipes": 2}
-FLOOR_0 = {"__init__", "shapes", "errors", "mesh", "settings", "ddim_settings", "text2image_settings"}
+FLOOR_0 = {
+    "__init__",
+    "shapes",
+    "errors",
+    "mesh",
+    "settings",
+    "ddim_settings",
+    "text2image_settings",
+    "textual_inversion_settings",
+}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
 

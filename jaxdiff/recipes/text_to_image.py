@@ -78,6 +78,11 @@ class TextToImage:
     mesh: Mesh
 
     @cached_property
+    def _encoder(self):
+        encode = lambda params, ids: encode_texts(self.model, params, ids)  # noqa: E731
+        return jax.jit(encode, out_shardings=replicated(self.mesh))
+
+    @cached_property
     def _sampler(self):
         return make_latent_sampler(self.model, self.process, self.timesteps, self.settings.guidance_scale, self.mesh)
 
@@ -98,29 +103,30 @@ class TextToImage:
         length = self.tokenizer.context_length
         return self.tokenizer(texts, length=length, remedy="encode it in pieces by --long-prompts").input_ids[:, None]
 
-    def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N S D"]:
-        """Return the vectors of texts, all of one number of tokens.
+    def encode(self, texts: Sequence[str], params: Params | None = None) -> Float[np.ndarray, "N S D"]:
+        """Return the vectors of texts, all of one number of tokens; `params` are others than its own.
 
         Raises:
           InputError: as `tokenize`.
         """
         ids = self.tokenize(texts)
-        encode = jax.jit(lambda params, ids: encode_texts(self.model, params, ids), out_shardings=replicated(self.mesh))
         rows = ids.reshape(-1, ids.shape[-1])
         batch = round_up(min(TEXTS_AT_ONCE, len(rows)), self.mesh)
         encoded = [
-            np.asarray(encode(self.params, part).astype(jnp.float32))[:count]
+            np.asarray(self._encoder(params or self.params, part).astype(jnp.float32))[:count]
             for part, count in in_batches(rows, batch, self.mesh)
         ]
         return np.concatenate(encoded).reshape(len(ids), -1, encoded[0].shape[-1])
 
-    def draw(self, jobs: Sequence[Job], prompts: Sequence[str]) -> Iterator[tuple[Job, UInt8[np.ndarray, "H W 3"]]]:
-        """Yield each job with its picture, batch by batch.
+    def draw(
+        self, jobs: Sequence[Job], prompts: Sequence[str], params: Params | None = None
+    ) -> Iterator[tuple[Job, UInt8[np.ndarray, "H W 3"]]]:
+        """Yield each job with its picture, batch by batch; `params` are others than its own.
 
         Raises:
           InputError: a prompt is too long, the numbers are not finite, or memory does not suffice.
         """
-        *context, avoided = self.encode([*prompts, self.settings.negative])
+        *context, avoided = self.encode([*prompts, self.settings.negative], params)
         shape = self.model.latent_shape(*self.size)
         base = stream_key(self.settings.seed, Stream.SAMPLES)
         start = jax.jit(lambda numbers: _start(base, numbers, shape), out_shardings=batch_split(self.mesh))
@@ -133,9 +139,9 @@ class TextToImage:
         ):
             try:
                 keys, x_T = start(pairs)
-                sampled = self._sampler(self.params["unet"], x_T, keys, texts, avoided[None])
+                sampled = self._sampler((params or self.params)["unet"], x_T, keys, texts, avoided[None])
                 check_finite_latents(sampled)
-                pixels = to_uint8(np.asarray(self._decoder(self.params, sampled.latents)))
+                pixels = to_uint8(np.asarray(self._decoder(params or self.params, sampled.latents)))
             except jax.errors.JaxRuntimeError as error:
                 raise out_of_memory(error, self.params, len(pairs)) or error from error
             yield from zip(left[:count], pixels)

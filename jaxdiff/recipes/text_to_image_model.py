@@ -1,6 +1,6 @@
 """The Stable Diffusion that the flags name: its networks, its parameters, its learned words, and what it would take."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 from jaxdiff.errors import InputError
 from jaxdiff.io.learned_embeddings import Learned, read_learned
 from jaxdiff.io.provenance import tree_hash
+from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import replicated, round_up
 from jaxdiff.recipes.learned_words import add_words
 from jaxdiff.recipes.pretrained_pipeline import FlaxStableDiffusionPipeline, read_models
 from jaxdiff.recipes.stable_diffusion import (
+    Params,
     StableDiffusion,
     choose_attention,
     decode_latents,
@@ -33,8 +35,19 @@ def default_dtype(settings: LatentModelSettings) -> str:
     return settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def prepare(settings: LatentModelSettings, pictures: PictureSettings, mesh: Mesh) -> TextToImage:
+def prepare(
+    settings: LatentModelSettings,
+    pictures: PictureSettings,
+    mesh: Mesh,
+    learn: Callable[[Params, CLIPTokenizer], Learned] = lambda params, tokenizer: {},
+) -> TextToImage:
     """Read the model and everything that belongs to it.
+
+    Args:
+      settings: which model.
+      pictures: how it draws.
+      mesh: devices that share a batch.
+      learn: from parameters and tokenizer, learned words of files included, to more words.
 
     Raises:
       InputError: files are missing, damaged or another model's, or a setting does not fit the model.
@@ -49,6 +62,9 @@ def prepare(settings: LatentModelSettings, pictures: PictureSettings, mesh: Mesh
         )
     learned = read_all_learned(settings)
     model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
+    more = learn(params, pipeline.tokenizer)
+    model, params = add_words(model, params, pipeline.tokenizer, more)
+    learned |= more
     model, chosen = choose_attention(model)
     print(chosen)
     size = picture_size(model, pictures)

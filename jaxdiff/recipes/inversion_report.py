@@ -1,0 +1,104 @@
+"""From learned rows to the files of textual_inversion: the words, pictures, results.json and report.html."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdiff.io.images import write_png
+from jaxdiff.io.learned_embeddings import Learned, write_learned
+from jaxdiff.io.metrics import METRICS, read_lines
+from jaxdiff.io.provenance import tree_hash
+from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, write_report
+from jaxdiff.io.runs import Figures, read_json, write_results
+from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
+from jaxdiff.recipes.learned_words import TABLE, get_leaf
+from jaxdiff.recipes.text_to_image_model import TINY, TINY_NOTE
+from jaxdiff.recipes.text_to_image_report import shrink, strip
+from jaxdiff.textual_inversion_settings import InversionSettings
+
+WORDS = "learned_embeds.safetensors"
+SMOOTHED = 10
+"""Logged losses that the smooth line averages."""
+
+
+def write_outputs(
+    out: Path,
+    parts: InversionParts,
+    rows: Learned,
+    training: InversionSettings,
+    config: Mapping[str, Any],
+    started: float,
+) -> list[Path]:
+    """Draw with the learned words, write everything, and return the paths."""
+    write_learned(out / WORDS, rows)
+    prompts = prompts_of(parts, training)
+    pictures = draw_pictures(parts, training, rows)
+    write_png(out / "grid.png", make_grid(pictures, prompts, "With the learned words"))
+    table = np.asarray(get_leaf(parts.frozen, TABLE), np.float32)
+    lines = read_lines(out / METRICS)
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    figures: Figures = {"norm.vocabulary_median": float(np.median(np.linalg.norm(table, axis=1)))}
+    for word, row in rows.items():
+        figures[f"norm.{word}"] = float(np.linalg.norm(row, axis=1).mean())
+        figures[f"moved.{word}"] = float(np.linalg.norm(row - parts.start[word], axis=1).mean())
+    if losses:
+        figures |= {"final_loss": losses[-1][1], "images_per_second": float(np.median(rates))}
+    figures["seconds"] = time.perf_counter() - started
+    mesh = parts.drawing.mesh
+    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    hashes = {"params": tree_hash(parts.frozen), "rows": tree_hash(rows)}
+    results = write_results(out, figures, config, hashes, device)
+    record = read_json(results)
+    sections = [
+        Section("Pictures with the learned words", [
+            Picture(make_grid(pictures, prompts, "With the learned words"),
+                    "Rows are texts, columns starting noises; none left out.", wide=True)
+        ]),
+        *(
+            Section(f"What {concept.word} was learned from", [
+                Picture(strip(np.stack([shrink(picture) for picture in found[:8]])),
+                        f"{len(found)} pictures, cut to squares.", wide=True)
+            ])
+            for concept, found in zip(parts.concepts, parts.originals)
+        ),
+        Section("Training", training_blocks(losses, rows, figures),
+                "The loss of textual inversion says little: most of it depends on the timesteps drawn."),
+    ]  # fmt: skip
+    facts = {
+        "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
+        "Config": record["config"],
+        "Versions": record["versions"],
+        "Hashes (SHA-256)": record["hashes"],
+    }
+    note = f" {TINY_NOTE}" if parts.drawing.about["model"] == TINY else ""
+    report = Report(
+        "Textual inversion",
+        f"New words for a frozen model, from a few pictures each (arXiv 2208.01618).{note}",
+        [Figure(str(len(rows)), "words learned"), Figure(f"{training.train_steps:,}", "steps")],
+        sections,
+        {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
+    )
+    grids = [out / "grids"] if (out / "grids").exists() else []
+    return [out / WORDS, out / "grid.png", *grids, results, write_report(out / "report.html", report)]
+
+
+def training_blocks(losses: list[tuple[int, float]], rows: Learned, figures: Figures) -> list[Any]:
+    """Return the curve of the loss, and how far the rows moved."""
+    blocks: list[Any] = [
+        Table(
+            ["word", "vectors", "mean norm", "moved by"],
+            [[word, str(len(row)), f"{figures[f'norm.{word}']:.3f}", f"{figures[f'moved.{word}']:.3f}"]
+             for word, row in rows.items()],
+            f"The median norm of the model's own words is {figures['norm.vocabulary_median']:.3f}.",
+        )
+    ]  # fmt: skip
+    if len(losses) > 1:
+        steps, values = ([row[i] for row in losses] for i in (0, 1))
+        smooth = [float(np.mean(values[max(0, i - SMOOTHED + 1) : i + 1])) for i in range(len(values))]
+        lines: dict[str, Any] = {"logged": (steps, values), f"mean of {SMOOTHED}": (steps, smooth)}
+        blocks.insert(0, Curve(lines, "Loss over training, logarithmic axis.", "step", "loss"))
+    return blocks

@@ -1,0 +1,193 @@
+"""Textual inversion from folders of pictures to learned rows, with resume and pictures along the way."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+
+from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.io.concept_pictures import Concept, read_concept_pictures
+from jaxdiff.io.grids import GridStyle, labelled_grid
+from jaxdiff.io.images import write_png
+from jaxdiff.io.learned_embeddings import Learned
+from jaxdiff.io.metrics import MetricsLog
+from jaxdiff.mesh import replicated
+from jaxdiff.recipes.loop import TrainingLoop
+from jaxdiff.recipes.stable_diffusion import Params
+from jaxdiff.recipes.text_to_image import TextToImage, make_jobs
+from jaxdiff.recipes.text_to_image_model import prepare
+from jaxdiff.recipes.text_to_image_report import shrink
+from jaxdiff.recipes.textual_inversion import (
+    InversionBatch,
+    encode_pictures,
+    initial_rows,
+    make_batches,
+    make_inversion_loss,
+    with_rows,
+)
+from jaxdiff.recipes.training import Stream, TrainState, create_state, make_optimizer, make_train_step, stream_key
+from jaxdiff.text2image_settings import LatentModelSettings
+from jaxdiff.textual_inversion_settings import InversionSettings
+
+
+@dataclass(frozen=True)
+class InversionParts:
+    """What is built before the first step.
+
+    Attributes:
+      concepts: to learn.
+      drawing: draws pictures; its model has room for the rows, and its tokenizer knows the words.
+      frozen: the parameters of the model, which never change.
+      batch_at: batch of step k.
+      optimizer: of the rows, with its learning rate.
+      state: at step 0.
+      start: the rows at step 0.
+      originals: the pictures of each concept.
+    """
+
+    concepts: Sequence[Concept]
+    drawing: TextToImage
+    frozen: Params
+    batch_at: Callable[[int], InversionBatch]
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    state: TrainState
+    start: Learned
+    originals: Sequence[UInt8[np.ndarray, "N H W 3"]]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Texts that show what was learned: two for each word, and one for each pair."""
+        found = []
+        for concept in self.concepts:
+            if concept.kind == "style":
+                found += [f"a city in the style of {concept.word}", f"a tree in the style of {concept.word}"]
+            else:
+                found += [f"a photo of {concept.word}", f"a painting of {concept.word}"]
+        for number, one in enumerate(self.concepts):
+            for other in self.concepts[number + 1 :]:
+                thing, style = (one, other) if one.kind == "object" else (other, one)
+                between = "in the style of" if style.kind == "style" else "next to"
+                found.append(f"{thing.word} {between} {style.word}")
+        return found
+
+
+def prepare_inversion(
+    concepts: Sequence[Concept],
+    model: LatentModelSettings,
+    training: InversionSettings,
+    mesh: Mesh,
+) -> InversionParts:
+    """Read the model, encode the pictures, and build everything that training needs.
+
+    Raises:
+      InputError: the model or a concept cannot be read, or they do not fit each other.
+    """
+    frozen: list[Params] = []
+    first: list[Learned] = []
+
+    def learn(params: Params, tokenizer: Any) -> Learned:
+        frozen.append(params)
+        first.append(initial_rows(params, tokenizer, concepts, training.vectors_per_token, training.mean_initializer))
+        return first[0]
+
+    drawing = prepare(model, training.pictures, mesh, learn)
+    size = drawing.size[0]
+    originals = [read_concept_pictures(concept, size) for concept in concepts]
+    for concept, found in zip(concepts, originals):
+        print(
+            f"{concept.word}: {len(found)} pictures, learned as {'a style' if concept.kind == 'style' else 'an object'} from {concept.initializer!r}"
+        )
+    views = [np.concatenate([found, found[:, :, ::-1]]) if training.flip else found for found in originals]
+    latents = [encode_pictures(drawing.model, drawing.params, pixels, mesh) for pixels in views]
+    optimizer, learning_rate = make_optimizer(
+        training.learning_rate,
+        training.warmup_steps,
+        training.train_steps,
+        training.weight_decay,
+        training.clip_norm,
+    )
+    rows = {word: jnp.asarray(row) for word, row in first[0].items()}
+    return InversionParts(
+        concepts,
+        drawing,
+        jax.device_put(frozen[0], replicated(mesh)),
+        make_batches(concepts, latents, drawing.tokenizer, first[0], training.batch_size, training.seed),
+        optimizer,
+        learning_rate,
+        create_state(rows, optimizer, stream_key(training.seed, Stream.TRAINING), mesh),
+        first[0],
+        originals,
+    )
+
+
+def train(parts: InversionParts, training: InversionSettings, out: Path) -> Learned:
+    """Train from the last good checkpoint, or from step 0, to the end; return the averaged rows."""
+    checkpoints = Checkpoints(out / "checkpoints")
+    state, start = checkpoints.restore(parts.state) or (parts.state, 0)
+    if start:
+        print(f"going on from step {start} of {training.train_steps}")
+    log = MetricsLog(out, start)
+    drawing = parts.drawing
+    loss_fn = make_inversion_loss(drawing.model, [concept.word for concept in parts.concepts], training.loss_weighting)
+
+    def draw_grid(step: int, rows: Any) -> None:
+        pixels = draw_pictures(parts, training, rows)
+        write_png(
+            out / "grids" / f"step_{step:07d}.png", make_grid(pixels, prompts_of(parts, training), f"Step {step:,}")
+        )
+
+    try:
+        state = TrainingLoop(
+            make_train_step(
+                loss_fn,
+                parts.optimizer,
+                drawing.mesh,
+                training.ema_decay,
+                training.accumulation_steps,
+                frozen=parts.frozen,
+            ),
+            parts.batch_at,
+            training,
+            drawing.mesh,
+            checkpoints,
+            log,
+            parts.learning_rate,
+            None,
+            draw_grid,
+        ).run(state)
+    finally:
+        log.close()
+        checkpoints.close()
+    return {word: np.asarray(row) for word, row in state.ema_params.items()}
+
+
+def prompts_of(parts: InversionParts, training: InversionSettings) -> list[str]:
+    """Return the texts that are drawn."""
+    return list(training.sample_prompts) or parts.prompts
+
+
+def draw_pictures(parts: InversionParts, training: InversionSettings, rows: Any) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """Draw all texts with these rows, from the same noises every time."""
+    prompts = prompts_of(parts, training)
+    params = with_rows(parts.frozen, {concept.word: jnp.asarray(rows[concept.word]) for concept in parts.concepts})
+    jobs = make_jobs(prompts, training.sample_images)
+    return [pixels for _, pixels in parts.drawing.draw(jobs, prompts, params)]
+
+
+def make_grid(
+    pictures: Sequence[UInt8[np.ndarray, "H W 3"]], prompts: Sequence[str], title: str
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Draw pictures prompt by prompt."""
+    small = np.stack([shrink(picture) for picture in pictures])
+    columns = len(pictures) // len(prompts)
+    return labelled_grid(
+        small, prompts, [str(n) for n in range(columns)], title, style=GridStyle(cell=max(128, *small.shape[1:3]))
+    )

@@ -1,0 +1,86 @@
+"""Teach Stable Diffusion new words from a few pictures each, by textual inversion.
+
+    python -m jaxdiff.textual_inversion --model DIR --concept "<new1>:DIR:dog" "<new2>:DIR:painting:style"
+
+Writes into --out: learned_embeds.safetensors, which text2image and diffusers read, grids of pictures along the way,
+checkpoints, metrics.jsonl, results.json and report.html.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jaxdiff.command import run_command
+from jaxdiff.settings import require, require_at_least
+from jaxdiff.text2image_settings import LatentModelSettings
+from jaxdiff.textual_inversion_settings import InversionSettings
+
+
+@dataclass(frozen=True)
+class Config:
+    """Teach Stable Diffusion new words from a few pictures each, by textual inversion."""
+
+    concept: tuple[str, ...] = ()
+    """What to learn, <word>:FOLDER:initialiser or, for a style, <word>:FOLDER:initialiser:style; several at once."""
+    model: LatentModelSettings = field(default_factory=LatentModelSettings)
+    training: InversionSettings = field(default_factory=InversionSettings)
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on with the run in --out; never deletes what it left there and starts over."""
+    devices: int | None = None
+    """Devices that share a batch; None means all."""
+    out: Path = Path("runs/textual_inversion")
+    """Run folder."""
+
+    def __post_init__(self):
+        require_at_least("devices", 1 if self.devices is None else self.devices, 1)
+        require(bool(self.concept), '--concept must say what to learn, such as "<new1>:FOLDER:dog"')
+        words = [text.split(":")[0] for text in self.concept]
+        require(len(set(words)) == len(words), "--concept: a word stands for two concepts")
+
+
+# What may differ when a run goes on: none of it changes the learned rows.
+FREE = {
+    "out",
+    "resume",
+    "devices",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "sample_prompts",
+    "sample_images",
+    "sample_steps",
+    "guidance_scale",
+}
+
+
+def run(config: Config) -> list[Path]:
+    """Read model and pictures, learn the words, draw with them, write everything down."""
+    from jaxdiff.io.concept_pictures import parse_concept
+    from jaxdiff.io.runs import as_json, check_config, check_writable, open_run
+    from jaxdiff.mesh import make_mesh, require_divisible
+    from jaxdiff.recipes.inversion_report import write_outputs
+    from jaxdiff.recipes.inversion_training import prepare_inversion, train
+
+    started = time.perf_counter()
+    mesh = make_mesh(config.devices)
+    require_divisible(config.training.batch_size, mesh, "--batch-size", config.training.accumulation_steps)
+    check_writable(config.out)
+    if config.resume == "auto":
+        check_config(config.out, as_json(config), FREE)
+    concepts = [parse_concept(text) for text in config.concept]
+    parts = prepare_inversion(concepts, config.model, config.training, mesh)
+    out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
+    rows = train(parts, config.training, out)
+    return write_outputs(out, parts, rows, config.training, as_json(config), started)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command("textual_inversion", Config, run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The flags of textual_inversion: what is learned and how; importing them costs no jax."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxdiff.settings import OptimizationSettings, require, require_at_least
+from jaxdiff.text2image_settings import PictureSettings
+
+
+@dataclass(frozen=True)
+class InversionSettings(OptimizationSettings):
+    """How the new words are trained, and how often things are written."""
+
+    train_steps: int = 1000
+    """Training steps."""
+    batch_size: int = 4
+    """Pictures of a training step, over all devices."""
+    learning_rate: float = 5e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up; a cosine to 0 follows."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the rows."""
+    ema_decay: float = 0.99
+    """Limit of the decay of the average of the rows, which is what is kept, in [0, 1)."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    sample_every: int = 250
+    """Steps between grids of pictures."""
+    vectors_per_token: int = 1
+    """Rows that each word becomes."""
+    mean_initializer: bool = False
+    """Start from the mean of the tokens where an initialiser has several, instead of refusing it."""
+    flip: bool = True
+    """Learn from the pictures and from their mirror images."""
+    loss_weighting: Literal["constant", "min_snr"] = "constant"
+    """Weight of a timestep in the loss: none, or min-SNR with gamma 5 (arXiv 2303.09556)."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts of the pictures along the way and at the end; none means two for each word, and one for each pair."""
+    sample_images: int = 4
+    """Pictures of each of these texts."""
+    sample_steps: int = 25
+    """Sampling steps of these pictures."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance of these pictures, g = 1 + w of arXiv 2207.12598."""
+    size: int | None = None
+    """Height and width of pictures in pixels; None means what the model was trained on."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("vectors_per_token", "sample_images", "sample_steps", "size"):
+            require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        require(all(text.strip() for text in self.sample_prompts), "--sample-prompts: one is empty")
+        _ = self.pictures  # refuses what cannot be drawn
+
+    @property
+    def pictures(self) -> PictureSettings:
+        """How pictures are drawn."""
+        return PictureSettings(
+            num_steps=self.sample_steps,
+            guidance_scale=self.guidance_scale,
+            height=self.size,
+            width=self.size,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
