@@ -72,6 +72,16 @@ def test_the_defaults_draw_and_a_rerun_draws_only_what_is_missing(tmp_path):
     assert np.abs(pixels(tmp_path, 1, 1).astype(int) - first).max() > 0
 
 
+def test_learned_words_of_a_file_reach_the_picture(tmp_path):
+    save_file({"<w>": 5 * torch.ones(64)}, tmp_path / "w.safetensors")
+    words = f"--embeddings={tmp_path / 'w.safetensors'}"
+    for name, flags in (("with", [words]), ("without", [])):
+        answer = draw(*SMALL, "--prompt", "a photo of <w>", *flags, f"--out={tmp_path / name}")
+        assert answer.code == 0, answer.err
+    assert json.loads((tmp_path / "with" / "results.json").read_text())["config"]["embeddings"] == [words.split("=")[1]]
+    assert np.abs(pixels(tmp_path / "with", 0, 0).astype(int) - pixels(tmp_path / "without", 0, 0)).max() > 0
+
+
 def test_a_picture_depends_on_seed_prompt_and_number_alone(tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a cat\n\na digit\n")
     file = f"--prompts={tmp_path / 'prompts.txt'}"

@@ -133,8 +133,8 @@ def as_json(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat |= as_json(value)
         else:
-            flat[field.name] = str(value) if isinstance(value, Path) else value
-    return json.loads(json.dumps(flat))
+            flat[field.name] = value
+    return json.loads(json.dumps(flat, default=str))  # paths are what JSON lacks
 
 
 def from_json(config_class: type, flat: Mapping[str, Any]) -> Any:

@@ -102,9 +102,8 @@ def prepare_inversion(
     size = drawing.size[0]
     originals = [read_concept_pictures(concept, size) for concept in concepts]
     for concept, found in zip(concepts, originals):
-        print(
-            f"{concept.word}: {len(found)} pictures, learned as {'a style' if concept.kind == 'style' else 'an object'} from {concept.initializer!r}"
-        )
+        kind = "a style" if concept.kind == "style" else "an object"
+        print(f"{concept.word}: {len(found)} pictures, learned as {kind} from {concept.initializer!r}")
     views = [np.concatenate([found, found[:, :, ::-1]]) if training.flip else found for found in originals]
     latents = [encode_pictures(drawing.model, drawing.params, pixels, mesh) for pixels in views]
     optimizer, learning_rate = make_optimizer(

@@ -1,0 +1,136 @@
+"""`python -m jaxdiff.textual_inversion` as a user runs it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from commands import run_here
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from jaxdiff import text2image, textual_inversion
+from jaxdiff.io.learned_embeddings import read_learned
+from jaxdiff.recipes import loop
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+SMALL = (
+    "--size=16",
+    "--train-steps=6",
+    "--batch-size=4",
+    "--devices=1",
+    "--warmup-steps=1",
+    "--save-every=2",
+    "--log-every=1",
+    "--sample-every=4",
+    "--sample-images=2",
+    "--sample-steps=2",
+)
+
+
+def learn(*args: str):
+    return run_here(textual_inversion.main, *args)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two folders of real pictures, one with a file that is no picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, photo in zip(("thing", "style"), load_sample_images().images):
+        (folder / name).mkdir()
+        for number in range(2):
+            Image.fromarray(photo[40 * number : 40 * number + 60, :80]).save(folder / name / f"{number}.png")
+    (folder / "thing" / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def concepts(folders) -> tuple[str, ...]:
+    return "--concept", f"<new1>:{folders / 'thing'}:digit", f"<new2>:{folders / 'style'}:photo:style"
+
+
+def test_words_are_learned_kept_and_used(folders, tmp_path):
+    answer = learn(*concepts(folders), *SMALL, "--vectors-per-token=2", f"--out={tmp_path / 'a'}")
+    assert answer.code == 0, answer.err
+    assert "left out: broken.png" in answer.out
+    assert all(path.exists() for path in answer.written)
+    learned = read_learned(tmp_path / "a" / "learned_embeds.safetensors")
+    assert {word: row.shape for word, row in learned.items()} == {"<new1>": (2, 64), "<new2>": (2, 64)}
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert all(results[f"moved.{word}"] > 1e-3 for word in learned)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "a" / "grids" / "step_0000004.png").exists()
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "a style" not in page
+    assert re.search(r"What &lt;new2&gt; was learned from", page)
+
+    words = tmp_path / "a" / "learned_embeds.safetensors"
+    for name, flags in (("with", [f"--embeddings={words}"]), ("without", [])):
+        args = ["--prompt=a photo of <new1>", "--num-steps=2", "--height=16", "--width=16", *flags]
+        assert run_here(text2image.main, *args, f"--out={tmp_path / name}").code == 0
+    pictures = [np.asarray(Image.open(tmp_path / name / "000_000.png")).astype(int) for name in ("with", "without")]
+    assert np.abs(pictures[0] - pictures[1]).max() > 0
+
+
+def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypatch):
+    assert learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'whole'}").code == 0
+
+    class StopAtThree:
+        """Ask to stop as Ctrl-C in the third step does."""
+
+        times = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        @property
+        def requested(self) -> bool:
+            self.times += 1
+            return self.times >= 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", StopAtThree)
+        stopped = learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'parts'}")
+    assert stopped.code == 130
+    assert "stopped and saved at step 3 of 6" in stopped.err
+    going_on = learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'parts'}")
+    assert "going on from step 3 of 6" in going_on.out
+    whole, parts = (read_learned(tmp_path / name / "learned_embeds.safetensors") for name in ("whole", "parts"))
+    for word, row in whole.items():
+        np.testing.assert_array_equal(parts[word], row)
+    other = learn(*concepts(folders), *SMALL, "--learning-rate=0.1", f"--out={tmp_path / 'parts'}")
+    assert other.code == 2
+    assert "learning_rate was 0.005, is 0.1" in other.sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ((), "--concept must say what to learn"),
+        (("--concept=<a>:nowhere:digit",), "--concept <a>: nowhere: no such folder"),
+        (("--concept=<a>:empty:digit",), "holds no picture to learn from"),
+        (("--concept=<a>:thing:a digit",), "'a digit' is several tokens"),
+        (("--concept=photo</w>:thing:digit",), "photo</w> stands for something already"),
+        (("--concept", "<a>:thing:digit", "<a>:style:digit"), "a word stands for two concepts"),
+        (("--concept=<a>:thing:digit", "--size=20"), "must be a multiple of 8 pixels, got 20"),
+        (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),
+        (("--concept=<a>:thing:digit", "--batch-size=3", "--devices=2"), "--batch-size 3 does not split over 2"),
+        (("--concept=<a>:thing:digit", "--guidance-scale=nan"), "--guidance-scale must be finite"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_sentence(folders, tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.chdir(folders)
+    (folders / "empty").mkdir(exist_ok=True)
+    answer = learn(*flags, *(("--batch-size=8",) if "--batch-size=3" not in flags else ()), f"--out={tmp_path / 'out'}")
+    assert answer.code == 2
+    assert sentence in answer.sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_not_finite_stop_the_run(folders, tmp_path):
+    answer = learn(*concepts(folders), *SMALL, "--learning-rate=1e38", "--clip-norm=1e38", f"--out={tmp_path / 'out'}")
+    assert answer.code == 2
+    assert re.search(r"training diverged at step \d", answer.sentence)
