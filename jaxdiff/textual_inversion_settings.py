@@ -1,6 +1,7 @@
 """The flags of textual_inversion: what is learned and how; importing them costs no jax."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from jaxdiff.settings import OptimizationSettings, require, require_at_least
@@ -31,6 +32,8 @@ class InversionSettings(OptimizationSettings):
     """Rows that each word becomes."""
     mean_initializer: bool = False
     """Start from the mean of the tokens where an initialiser has several, instead of refusing it."""
+    templates: Path | None = None
+    """Text file of texts to learn from, one a line, {} for the word; None means the built-in ones."""
     flip: bool = True
     """Learn from the pictures and from their mirror images."""
     loss_weighting: Literal["constant", "min_snr"] = "constant"

@@ -14,7 +14,7 @@ from stable_diffusion_twins import SCHEDULER, make_pipeline
 
 from jaxdiff import FlaxStableDiffusionPipeline
 from jaxdiff.errors import InputError
-from jaxdiff.io.concept_pictures import TEMPLATES, parse_concept, read_concept_pictures
+from jaxdiff.io.concept_pictures import TEMPLATES, parse_concept, read_concept_pictures, texts_of
 from jaxdiff.io.learned_embeddings import write_learned
 from jaxdiff.mesh import make_mesh, put_batch
 from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf, spell_out
@@ -51,7 +51,7 @@ def world(tmp_path_factory):
     model, with_words = add_words(pipeline.model, params, pipeline.tokenizer, rows)
     mesh = make_mesh(1)
     latents = [encode_pictures(model, with_words, read_concept_pictures(concept, 32), mesh) for concept in concepts]
-    batch_at = make_batches(concepts, latents, pipeline.tokenizer, rows, BATCH, seed=5)
+    batch_at = make_batches(texts_of(concepts), latents, pipeline.tokenizer, rows, BATCH, seed=5)
     return theirs, model, params, rows, batch_at, pipeline.tokenizer, concepts
 
 
@@ -209,6 +209,15 @@ def test_batches_are_pure_functions_of_the_step(world):
 def test_concepts_that_cannot_be_read(text, sentence):
     with pytest.raises(InputError, match=sentence):
         parse_concept(text)
+
+
+def test_texts_from_a_file(tmp_path):
+    concepts = [parse_concept("<a>:x:dog"), parse_concept("<b>:x:dog:style")]
+    (tmp_path / "texts").write_text("one {}\n\ntwo {} {}\n")
+    assert texts_of(concepts, tmp_path / "texts") == [["one <a>", "two <a> <a>"], ["one <b>", "two <b> <b>"]]
+    (tmp_path / "texts").write_text("none")
+    with pytest.raises(InputError, match=r"the line 'none' has no {} for the word"):
+        texts_of(concepts, tmp_path / "texts")
 
 
 def test_folders_without_pictures_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from jaxdiff.errors import InputError
 from jaxdiff.io.images import read_image, resize_image
 from jaxdiff.io.labelled_images import pictures
+from jaxdiff.io.prompts import read_prompts
 
 Kind = Literal["object", "style"]
 TEMPLATES: dict[Kind, tuple[str, ...]] = {
@@ -106,6 +107,19 @@ def read_concept_pictures(concept: Concept, size: int) -> UInt8[np.ndarray, "N s
     return np.stack(found)
 
 
-def templates_of(concepts: Sequence[Concept]) -> list[list[str]]:
-    """Return for each concept its texts, the word in its place."""
-    return [[template.format(concept.word) for template in TEMPLATES[concept.kind]] for concept in concepts]
+def texts_of(concepts: Sequence[Concept], templates: Path | None = None) -> list[list[str]]:
+    """Return for each concept its texts, the word in its place.
+
+    Args:
+      concepts: words to learn.
+      templates: file of texts with {} for the word, one a line; None means the built-in ones.
+
+    Raises:
+      InputError: the file cannot be read, or a line has no {}.
+    """
+    if templates is None:
+        return [[template.replace("{}", concept.word) for template in TEMPLATES[concept.kind]] for concept in concepts]
+    lines = read_prompts(templates, "--templates")
+    if without := [line for line in lines if "{}" not in line]:
+        raise InputError(f"--templates {templates}: the line {without[0]!r} has no {{}} for the word")
+    return [[line.replace("{}", concept.word) for line in lines] for concept in concepts]

@@ -103,7 +103,7 @@ def read_descriptions(path: Path, class_names: Sequence[str]) -> list[list[str]]
     return prompts
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, flag: str = "--prompts") -> list[str]:
     """Return the prompts of a text file, one a line; empty lines are left out.
 
     Raises:
@@ -112,8 +112,8 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path}: cannot be read ({error})") from error
+        raise InputError(f"{flag} {path}: cannot be read ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise InputError(f"--prompts {path}: holds no prompt; write one a line")
+        raise InputError(f"{flag} {path}: holds no prompt; write one a line")
     return prompts

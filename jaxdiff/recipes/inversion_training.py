@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.concept_pictures import Concept, read_concept_pictures
+from jaxdiff.io.concept_pictures import Concept, read_concept_pictures, texts_of
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
 from jaxdiff.io.learned_embeddings import Learned
@@ -90,6 +90,7 @@ def prepare_inversion(
     Raises:
       InputError: the model or a concept cannot be read, or they do not fit each other.
     """
+    texts = texts_of(concepts, training.templates)
     frozen: list[Params] = []
     first: list[Learned] = []
 
@@ -118,7 +119,7 @@ def prepare_inversion(
         concepts,
         drawing,
         jax.device_put(frozen[0], replicated(mesh)),
-        make_batches(concepts, latents, drawing.tokenizer, first[0], training.batch_size, training.seed),
+        make_batches(texts, latents, drawing.tokenizer, first[0], training.batch_size, training.seed),
         optimizer,
         learning_rate,
         create_state(rows, optimizer, stream_key(training.seed, Stream.TRAINING), mesh),

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxdiff.diffusion.loss import Weighting, diffusion_loss, q_sample
 from jaxdiff.errors import InputError
-from jaxdiff.io.concept_pictures import Concept, templates_of
+from jaxdiff.io.concept_pictures import Concept
 from jaxdiff.io.images import to_float
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.tokenizer import CLIPTokenizer
@@ -95,10 +95,20 @@ def make_inversion_loss(
       weighting: of noise levels.
       gamma: clamp of min-SNR weighting.
     """
+    loss_fn = make_latent_loss(model, weighting, gamma)
+
+    def loss_of_rows(rows: Rows, batch: InversionBatch, keys: ImageKeys, frozen: Params) -> jax.Array:
+        return loss_fn(with_rows(frozen, {word: rows[word] for word in words}), batch, keys)
+
+    return loss_of_rows
+
+
+def make_latent_loss(model: StableDiffusion, weighting: Weighting = "constant", gamma: float = 5.0) -> LossFn:
+    """Return the loss of latent diffusion (arXiv 2112.10752, equation 3): `(parameters, batch, keys) -> mean loss`."""
     schedule = model.diffusion.make_schedule()
     scale = model.autoencoder.config.scaling_factor
 
-    def loss_fn(rows: Rows, batch: InversionBatch, keys: ImageKeys, frozen: Params) -> jax.Array:
+    def loss_fn(params: Params, batch: InversionBatch, keys: ImageKeys) -> jax.Array:
         key_z, key_t, key_eps = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
 
         def normals(keys: ImageKeys) -> Array:
@@ -108,8 +118,8 @@ def make_inversion_loss(
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_train_timesteps))(key_t)
         eps = normals(key_eps)
         alpha_t, sigma_t = schedule.alpha_sigma(t)
-        context = encode_texts(model, with_rows(frozen, {word: rows[word] for word in words}), batch.input_ids)
-        output: Any = model.unet.apply({"params": frozen["unet"]}, q_sample(x_0, eps, alpha_t, sigma_t), t, context)
+        context = encode_texts(model, params, batch.input_ids)
+        output: Any = model.unet.apply({"params": params["unet"]}, q_sample(x_0, eps, alpha_t, sigma_t), t, context)
         losses = diffusion_loss(
             output,
             x_0,
@@ -145,7 +155,7 @@ def encode_pictures(
 
 
 def make_batches(
-    concepts: Sequence[Concept],
+    texts: Sequence[Sequence[str]],
     latents: Sequence[LatentNormal],
     tokenizer: CLIPTokenizer,
     learned: Learned,
@@ -155,7 +165,7 @@ def make_batches(
     """Return batch k as a pure function of (seed, k): concept, picture and text of each place are drawn evenly.
 
     Args:
-      concepts: words to learn.
+      texts: that speak of each concept.
       latents: of the pictures of each.
       tokenizer: which knows the words.
       learned: their rows, however many.
@@ -163,16 +173,13 @@ def make_batches(
       seed: of the draws.
     """
     length = tokenizer.context_length
-    texts = [
-        tokenizer([spell_out(text, learned) for text in found], length=length).input_ids
-        for found in templates_of(concepts)
-    ]
+    ids_of = [tokenizer([spell_out(text, learned) for text in found], length=length).input_ids for found in texts]
 
     def batch_at(step: int) -> InversionBatch:
         rng = np.random.default_rng([seed, step])
-        chosen = rng.integers(len(concepts), size=batch_size)
+        chosen = rng.integers(len(ids_of), size=batch_size)
         places = [rng.integers(len(latents[concept].mean)) for concept in chosen]
-        ids = np.stack([texts[concept][rng.integers(len(texts[concept]))] for concept in chosen])
+        ids = np.stack([ids_of[concept][rng.integers(len(ids_of[concept]))] for concept in chosen])
         mean, log_variance = (
             np.stack([np.asarray(part[concept])[place] for concept, place in zip(chosen, places)])
             for part in zip(*((found.mean, found.log_variance) for found in latents))

@@ -1,0 +1,234 @@
+"""A complete small world for textual inversion: a Stable Diffusion of the embedded digits that lacks one word.
+
+An autoencoder, then a text encoder and a latent UNet together (arXiv 2112.10752), are trained on the embedded digits
+and their captions. Pictures of one class never stand beside its name: their captions say `UNKNOWN`, as some of the
+other classes' do. So the model can draw that digit, but no word of it asks for it, until one is learned.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdiff.io.digit_captions import ANYWHERE, CAPTIONS, CLASS_NAMES, CONTEXT, caption_vocabulary
+from jaxdiff.io.digits import SIZE, embedded_digits
+from jaxdiff.io.images import to_float
+from jaxdiff.io.progress import progress_bar
+from jaxdiff.io.runs import write_json
+from jaxdiff.io.tokenizer import BEGIN, END, CLIPTokenizer, write_tokenizer
+from jaxdiff.mesh import round_up
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.clip import CLIPText
+from jaxdiff.models.clip_config import CLIPTextConfig
+from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
+from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
+from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
+from jaxdiff.recipes.pretrained_pipeline import INDEX
+from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
+from jaxdiff.recipes.stable_diffusion import StableDiffusion
+from jaxdiff.recipes.textual_inversion import InversionBatch, encode_pictures, make_latent_loss
+from jaxdiff.recipes.training import LossFn, Stream, create_state, fit, make_optimizer, make_train_step, stream_key
+from jaxdiff.shapes import ImageKeys
+
+UNSPOKEN = 9
+"""The class whose name no caption holds."""
+UNKNOWN = "digit"
+"""What captions say instead."""
+UNNAMED, EMPTY = 0.15, 0.1
+"""Shares of the other classes' captions that say `UNKNOWN`, and of all captions that are empty, for guidance."""
+AUTOENCODER_STEPS, DIFFUSION_STEPS, BATCH = 800, 3000, 64
+KL_WEIGHT = 1e-4
+AUTOENCODER = AutoencoderConfig(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, sample_size=SIZE)
+UNET = ConditionalUNetConfig(
+    sample_size=SIZE // 2,
+    block_out_channels=(64, 128),
+    attention=(True, True),
+    layers_per_block=1,
+    cross_attention_dim=64,
+    num_attention_heads=(4, 4),
+    norm_num_groups=16,
+)
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+DIFFUSION = ForwardProcess("scaled_linear", 1000, 0.00085, 0.012, "v")
+SAMPLING = SamplingDefaults("trailing", 0, -1, False)
+
+
+class World(NamedTuple):
+    """The trained networks: configs and parameters under the names of a pipeline's folder."""
+
+    model: StableDiffusion
+    params: dict[str, Any]
+
+
+def text_config(vocab: Mapping[str, int]) -> CLIPTextConfig:
+    """Return the layout of the text encoder."""
+    return CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=UNET.cross_attention_dim,
+        intermediate_size=2 * UNET.cross_attention_dim,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=vocab[BEGIN],
+        eos_token_id=vocab[END],
+        pad_token_id=vocab[END],
+    )
+
+
+def make_autoencoder_loss(module: Autoencoder) -> LossFn:
+    """Return squared error plus a little divergence to the standard normal (arXiv 1312.6114, equation 10)."""
+
+    def loss_fn(params: Any, images: Any, keys: ImageKeys) -> jax.Array:
+        pixels = to_float(images)
+        found: Any = module.apply({"params": params}, pixels, method="encode")
+        noise = jax.vmap(lambda key: jax.random.normal(key, found.mean.shape[1:]))(keys)
+        latents = found.mean + jnp.exp(0.5 * found.log_variance) * noise
+        decoded: Any = module.apply({"params": params}, latents, method="decode")
+        divergence = 0.5 * (jnp.square(found.mean) + jnp.exp(found.log_variance) - 1 - found.log_variance)
+        return jnp.mean(jnp.square(decoded - pixels)) + KL_WEIGHT * jnp.mean(divergence)
+
+    return loss_fn
+
+
+def caption_batches(
+    tokenizer: CLIPTokenizer, latents: Any, labels: np.ndarray, domains: np.ndarray, batch_size: int, seed: int
+) -> Callable[[int], InversionBatch]:
+    """Return the captioned latents of any step, a pure function of the seed and the step."""
+    names = [*CLASS_NAMES, UNKNOWN]
+    texts = [caption.replace("{}", name) for caption, _ in CAPTIONS for name in names]
+    *ids, empty = tokenizer([*texts, ""], length=CONTEXT).input_ids
+    by_caption = np.stack(ids).reshape(len(CAPTIONS), len(names), CONTEXT)
+    spoken = np.array([domain for _, domain in CAPTIONS])
+    fitting = [np.flatnonzero((spoken == ANYWHERE) | (spoken == domain)) for domain in range(2)]
+    unknown = len(CLASS_NAMES)
+
+    def batch_at(step: int) -> InversionBatch:
+        rng = np.random.default_rng([seed, step])
+        chosen = rng.integers(len(labels), size=batch_size)
+        caption = np.array([rng.choice(fitting[domain]) for domain in domains[chosen]])
+        named = np.where((labels[chosen] == UNSPOKEN) | (rng.random(batch_size) < UNNAMED), unknown, labels[chosen])
+        spoken_ids = np.where((rng.random(batch_size) < EMPTY)[:, None], empty, by_caption[caption, named])
+        return InversionBatch(spoken_ids.astype(np.int32), latents.mean[chosen], latents.log_variance[chosen])
+
+    return batch_at
+
+
+def train_world(autoencoder_steps: int, diffusion_steps: int, mesh: Mesh) -> World:
+    """Train all networks on the training part of the embedded digits."""
+    images, labels, domains = embedded_digits(held_out=False)
+    vocab, merges = caption_vocabulary()
+    tokenizer = CLIPTokenizer(vocab, merges, CONTEXT)
+    batch = round_up(BATCH, mesh)
+    first, second, third = jax.random.split(stream_key(0, Stream.INITIAL), 3)
+    vae = Autoencoder(AUTOENCODER)
+
+    def pictures_at(step: int) -> np.ndarray:
+        return images[np.random.default_rng([1, step]).integers(len(images), size=batch)]
+
+    init = jax.jit(vae.init)(first, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    vae_params = run(make_autoencoder_loss(vae), init, pictures_at, autoencoder_steps, 2e-3, "autoencoder", mesh)
+    encoder = CLIPText(text_config(vocab))
+    model = StableDiffusion(encoder, ConditionalUNet(UNET), vae, DIFFUSION, SAMPLING, "ddim")
+    latents = encode_pictures(model, {"vae": vae_params}, images, mesh)
+    scale = float(1 / np.std(latents.mean))
+    model = replace(model, autoencoder=Autoencoder(replace(AUTOENCODER, scaling_factor=round(scale, 5))))
+    batch_at = caption_batches(tokenizer, latents, labels, domains, batch, 2)
+    ids = jnp.zeros((1, CONTEXT), jnp.int32)
+    side = UNET.sample_size
+    start = {
+        "text_encoder": jax.jit(encoder.init)(second, ids)["params"],
+        "unet": jax.jit(model.unet.init)(
+            third, jnp.zeros((1, side, side, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, CONTEXT, 64))
+        )["params"],
+    }
+    trained = run(make_latent_loss(model), start, batch_at, diffusion_steps, 2e-3, "diffusion", mesh)
+    return World(model, {**trained, "vae": vae_params})
+
+
+def run(
+    loss_fn: LossFn,
+    params: Any,
+    batch_at: Callable[[int], Any],
+    steps: int,
+    learning_rate: float,
+    name: str,
+    mesh: Mesh,
+) -> Any:
+    """Train to the end and return the averaged parameters."""
+    optimizer, _ = make_optimizer(learning_rate, 100, steps, 0.01, 1.0)
+    state = create_state(params, optimizer, stream_key(0, Stream.TRAINING), mesh)
+    train_step = make_train_step(loss_fn, optimizer, mesh, ema_decay=0.995)
+    with progress_bar(steps, name, "step") as bar:
+        for result in fit(state, train_step, batch_at, steps, mesh):
+            bar.update()
+            state = result.state
+            if result.step % 50 == 0:
+                bar.set_postfix(loss=f"{float(result.metrics['loss']):.4f}")
+    return state.ema_params
+
+
+def tiny_world_folder(
+    cache: Path, mesh: Mesh, autoencoder_steps: int = AUTOENCODER_STEPS, diffusion_steps: int = DIFFUSION_STEPS
+) -> Path:
+    """Return the folder of the trained pipeline, trained now unless an earlier call kept it there.
+
+    It holds what a published pipeline's folder holds, so it is read like one.
+    """
+    recipe = repr((AUTOENCODER, UNET, SCHEDULER, CAPTIONS, BATCH, KL_WEIGHT, UNSPOKEN, UNKNOWN, UNNAMED, EMPTY))
+    name = f"tiny-world-{autoencoder_steps}-{diffusion_steps}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    folder = cache / name
+    if (folder / INDEX).is_file():
+        return folder
+    print(f"training the tiny world, a small Stable Diffusion of the embedded digits, once; kept in {folder}")
+    world = train_world(autoencoder_steps, diffusion_steps, mesh)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as place:
+        partial = Path(place) / "world"
+        write_world(partial, world)
+        # Whole or not at all, and the first of two runs at a time wins.
+        if not folder.exists():
+            partial.rename(folder)
+    return folder
+
+
+def write_world(folder: Path, world: World) -> None:
+    """Write a folder of diffusers."""
+    model, params = world
+    parts: dict[str, Any] = {
+        "text_encoder": FlaxCLIPTextModel(model.text_encoder.config, _do_init=False),
+        "unet": FlaxUNet2DConditionModel(model.unet.config, _do_init=False),
+        "vae": FlaxAutoencoderKL(model.autoencoder.config, _do_init=False),
+    }
+    for part, pretrained in parts.items():
+        pretrained.save_pretrained(folder / part, jax.device_get(params[part]), safe_serialization=True)
+    for part in ("tokenizer", "scheduler"):
+        (folder / part).mkdir()
+    write_tokenizer(folder / "tokenizer", *caption_vocabulary())
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    write_json(folder / INDEX, index)
