@@ -138,7 +138,11 @@ def make_latent_loss(model: StableDiffusion, weighting: Weighting = "constant", 
 
 
 def encode_pictures(
-    model: StableDiffusion, params: Params, pixels: UInt8[np.ndarray, "N H W 3"], mesh: Mesh
+    model: StableDiffusion,
+    params: Params,
+    pixels: UInt8[np.ndarray, "N H W 3"],
+    mesh: Mesh,
+    at_once: int = PICTURES_AT_ONCE,
 ) -> LatentNormal:
     """Return mean and log variance of the latents of each picture, in float32, as NumPy arrays."""
 
@@ -146,7 +150,7 @@ def encode_pictures(
         return model.autoencoder.apply({"params": params}, to_float(part), method="encode")  # type: ignore[return-value]
 
     compiled = jax.jit(encode, out_shardings=replicated(mesh))
-    batch = round_up(min(PICTURES_AT_ONCE, len(pixels)), mesh)
+    batch = round_up(min(at_once, len(pixels)), mesh)
     parts = [
         jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], compiled(params["vae"], part))
         for part, count in in_batches(pixels, batch, mesh)

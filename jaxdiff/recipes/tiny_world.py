@@ -43,13 +43,13 @@ UNKNOWN = "digit"
 """What captions say instead."""
 UNNAMED, EMPTY = 0.15, 0.1
 """Shares of the other classes' captions that say `UNKNOWN`, and of all captions that are empty, for guidance."""
-AUTOENCODER_STEPS, DIFFUSION_STEPS, BATCH = 800, 3000, 64
+AUTOENCODER_STEPS, DIFFUSION_STEPS, BATCH = 600, 2000, 64
 KL_WEIGHT = 1e-4
 AUTOENCODER = AutoencoderConfig(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, sample_size=SIZE)
 UNET = ConditionalUNetConfig(
     sample_size=SIZE // 2,
     block_out_channels=(64, 128),
-    attention=(True, True),
+    attention=(False, True),
     layers_per_block=1,
     cross_attention_dim=64,
     num_attention_heads=(4, 4),
@@ -144,7 +144,7 @@ def train_world(autoencoder_steps: int, diffusion_steps: int, mesh: Mesh) -> Wor
     vae_params = run(make_autoencoder_loss(vae), init, pictures_at, autoencoder_steps, 2e-3, "autoencoder", mesh)
     encoder = CLIPText(text_config(vocab))
     model = StableDiffusion(encoder, ConditionalUNet(UNET), vae, DIFFUSION, SAMPLING, "ddim")
-    latents = encode_pictures(model, {"vae": vae_params}, images, mesh)
+    latents = encode_pictures(model, {"vae": vae_params}, images, mesh, at_once=256)
     scale = float(1 / np.std(latents.mean))
     model = replace(model, autoencoder=Autoencoder(replace(AUTOENCODER, scaling_factor=round(scale, 5))))
     batch_at = caption_batches(tokenizer, latents, labels, domains, batch, 2)
