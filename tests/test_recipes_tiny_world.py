@@ -11,9 +11,11 @@ import pytest
 
 from jaxdiff import FlaxStableDiffusionPipeline
 from jaxdiff.io.digit_captions import CLASS_NAMES, CONTEXT, caption_vocabulary
+from jaxdiff.io.digits import embedded_digits
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import make_mesh
 from jaxdiff.models.autoencoder import LatentNormal
+from jaxdiff.recipes import tiny_world
 from jaxdiff.recipes.tiny_world import EMPTY, UNKNOWN, UNNAMED, UNSPOKEN, caption_batches, tiny_world_folder
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -45,7 +47,9 @@ def test_no_caption_names_the_unspoken_digit():
     assert f"{UNKNOWN}</w>" in vocab
 
 
-def test_it_is_made_once_and_read_like_any_model(tmp_path):
+def test_it_is_made_once_and_read_like_any_model(tmp_path, monkeypatch):
+    some = tuple(array[:256] for array in embedded_digits(held_out=False))
+    monkeypatch.setattr(tiny_world, "embedded_digits", lambda held_out: some)
     folder = tiny_world_folder(tmp_path, make_mesh(1), 2, 2)
     made = (folder / "model_index.json").stat().st_mtime_ns
     assert tiny_world_folder(tmp_path, make_mesh(1), 2, 2) == folder
