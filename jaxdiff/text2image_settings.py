@@ -13,7 +13,8 @@ class LatentModelSettings:
     """Which Stable Diffusion."""
 
     model: str = "tiny"
-    """Folder or Hugging Face name of a diffusers pipeline; `tiny` has random weights and draws noise, in seconds."""
+    """Folder or Hugging Face name of a diffusers pipeline; `tiny` has random weights and draws noise, in seconds;
+    `tiny-world` draws the embedded digits, and is trained first, some minutes, once."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     embeddings: tuple[Path, ...] = ()
@@ -25,7 +26,10 @@ class LatentModelSettings:
 
     def __post_init__(self):
         require(bool(self.model.strip()), "--model must name a folder, a model on the hub, or tiny")
-        require(self.revision is None or self.model != "tiny", "--revision has no effect with --model tiny: drop it")
+        require(
+            self.revision is None or self.model not in ("tiny", "tiny-world"),
+            f"--revision has no effect with --model {self.model}: drop it",
+        )
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ class Config:
     """Teach Stable Diffusion new words from a few pictures each, by textual inversion."""
 
     concept: tuple[str, ...] = ()
-    """What to learn, <word>:FOLDER:initialiser or, for a style, <word>:FOLDER:initialiser:style; several at once."""
-    model: LatentModelSettings = field(default_factory=LatentModelSettings)
+    """What to learn, <word>:FOLDER:initialiser or, for a style, <word>:FOLDER:initialiser:style; several at once. None
+    means, with --model tiny-world, the digit that it has no name for."""
+    model: LatentModelSettings = field(default_factory=lambda: LatentModelSettings("tiny-world"))
     training: InversionSettings = field(default_factory=InversionSettings)
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with the run in --out; never deletes what it left there and starts over."""
@@ -36,7 +37,8 @@ class Config:
 
     def __post_init__(self):
         require_at_least("devices", 1 if self.devices is None else self.devices, 1)
-        require(bool(self.concept), '--concept must say what to learn, such as "<new1>:FOLDER:dog"')
+        own = self.model.model == "tiny-world"
+        require(bool(self.concept) or own, '--concept must say what to learn, such as "<new1>:FOLDER:dog"')
         words = [text.split(":")[0] for text in self.concept]
         require(len(set(words)) == len(words), "--concept: a word stands for two concepts")
 
@@ -62,7 +64,7 @@ def run(config: Config) -> list[Path]:
     from jaxdiff.io.runs import as_json, check_config, check_writable, open_run
     from jaxdiff.mesh import make_mesh, require_divisible
     from jaxdiff.recipes.inversion_report import write_outputs
-    from jaxdiff.recipes.inversion_training import prepare_inversion, train
+    from jaxdiff.recipes.inversion_training import own_concept, prepare_inversion, train
 
     started = time.perf_counter()
     mesh = make_mesh(config.devices)
@@ -70,11 +72,15 @@ def run(config: Config) -> list[Path]:
     check_writable(config.out)
     if config.resume == "auto":
         check_config(config.out, as_json(config), FREE)
-    concepts = [parse_concept(text) for text in config.concept]
-    parts = prepare_inversion(concepts, config.model, config.training, mesh)
+    training = config.training
+    if config.concept:
+        concepts = [parse_concept(text) for text in config.concept]
+    else:
+        concepts, training = own_concept(training, mesh)
+    parts = prepare_inversion(concepts, config.model, training, mesh)
     out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
-    rows = train(parts, config.training, out)
-    return write_outputs(out, parts, rows, config.training, as_json(config), started)
+    rows = train(parts, training, out)
+    return write_outputs(out, parts, rows, training, as_json(config), started)
 
 
 def main(args: Sequence[str] | None = None) -> int:

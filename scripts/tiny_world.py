@@ -24,6 +24,8 @@ class Config:
     """Training steps of the word."""
     learning_rate: float = 2e-2
     """Of the word."""
+    batch_size: int = 16
+    """Pictures of a training step."""
     pictures: int = 100
     """Pictures judged of each text."""
     guidance_scale: float = 3.0
@@ -33,7 +35,7 @@ class Config:
     vectors: int = 1
     """Rows of the word."""
     seed: int = 0
-    """Of the five pictures, the training and the noise."""
+    """Of the training and the noise."""
     out: Path = Path("runs/tiny_world")
     """Folder to write into."""
 
@@ -46,31 +48,23 @@ def main() -> int:
     from jaxdiff import textual_inversion
     from jaxdiff.io.cache import cache_folder
     from jaxdiff.io.datasets import load_data
-    from jaxdiff.io.digit_captions import CAPTIONS, CLASS_NAMES
-    from jaxdiff.io.digits import embedded_digits
+    from jaxdiff.io.digit_captions import CLASS_NAMES
     from jaxdiff.io.grids import labelled_grid
     from jaxdiff.io.images import write_png
     from jaxdiff.mesh import make_mesh
     from jaxdiff.recipes.judge import prepare_judge, recognise
     from jaxdiff.recipes.text_to_image import make_jobs
     from jaxdiff.recipes.text_to_image_model import prepare
-    from jaxdiff.recipes.tiny_world import UNKNOWN, UNSPOKEN, tiny_world_folder
+    from jaxdiff.recipes.tiny_world import UNKNOWN, UNSPOKEN, tiny_world_folder, unspoken_pictures
     from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
     started, mesh = time.perf_counter(), make_mesh(1)
     folder = tiny_world_folder(cache_folder(), mesh)
     print(f"world: {time.perf_counter() - started:.0f} s")
     judge, judged = prepare_judge(load_data("digits"), 600, 0, mesh, folder)
-    images, labels, domains = embedded_digits(held_out=False)
-    five = np.random.default_rng(config.seed).choice(np.flatnonzero((labels == UNSPOKEN) & (domains == 0)), 5, False)
-    for number, pixels in enumerate(images[five]):
-        write_png(config.out / "pictures" / f"{number}.png", pixels)
-    templates = config.out / "templates.txt"
-    templates.write_text("\n".join(text for text, domain in CAPTIONS if domain != 1))
     begun = time.perf_counter()
     code = textual_inversion.main([
-        f"--model={folder}", f"--concept=<new1>:{config.out / 'pictures'}:{UNKNOWN}", f"--templates={templates}",
-        f"--train-steps={config.steps}", f"--learning-rate={config.learning_rate}", "--batch-size=16", "--no-flip",
+        f"--train-steps={config.steps}", f"--learning-rate={config.learning_rate}", f"--batch-size={config.batch_size}",
         f"--vectors-per-token={config.vectors}", f"--seed={config.seed}", "--sample-every=1000000",
         f"--sample-steps={config.num_steps}", f"--guidance-scale={config.guidance_scale}", "--resume=never",
         "--devices=1", f"--out={config.out / 'inversion'}",
@@ -99,7 +93,7 @@ def main() -> int:
     for name, word in (("initialiser", UNKNOWN), ("learned", "<new1>")):
         figures[name], pixels = share(word, UNSPOKEN)
         grid.append((word, pixels[:10]))
-    grid.append(("learned from", np.concatenate([images[five]] * 2)))
+    grid.append(("learned from", np.concatenate([unspoken_pictures(5)] * 2)))
     for name in ("known", "initialiser", "learned"):
         print(f"{name}: {figures[name]:.1%} of {config.pictures} pictures a word")
     config.out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from jaxdiff.recipes import loop
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 SMALL = (
+    "--model=tiny",
     "--size=16",
     "--train-steps=6",
     "--batch-size=4",
@@ -109,7 +110,7 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ((), "--concept must say what to learn"),
+        (("--model=tiny",), "--concept must say what to learn"),
         (("--concept=<a>:nowhere:digit",), "--concept <a>: nowhere: no such folder"),
         (("--concept=<a>:empty:digit",), "holds no picture to learn from"),
         (("--concept=<a>:thing:a digit",), "'a digit' is several tokens"),
@@ -124,6 +125,8 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
 def test_what_cannot_be_learned_is_one_sentence(folders, tmp_path, monkeypatch, flags, sentence):
     monkeypatch.chdir(folders)
     (folders / "empty").mkdir(exist_ok=True)
+    if "--model=tiny" not in flags:
+        flags = ("--model=tiny", *flags)
     answer = learn(*flags, *(("--batch-size=8",) if "--batch-size=3" not in flags else ()), f"--out={tmp_path / 'out'}")
     assert answer.code == 2
     assert sentence in answer.sentence

@@ -1,7 +1,7 @@
 """Textual inversion from folders of pictures to learned rows, with resume and pictures along the way."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
+from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.concept_pictures import Concept, read_concept_pictures, texts_of
 from jaxdiff.io.grids import GridStyle, labelled_grid
@@ -32,6 +33,7 @@ from jaxdiff.recipes.textual_inversion import (
     make_inversion_loss,
     with_rows,
 )
+from jaxdiff.recipes.tiny_world import PICTURES, TEXTS, UNKNOWN, tiny_world_folder
 from jaxdiff.recipes.training import Stream, TrainState, create_state, make_optimizer, make_train_step, stream_key
 from jaxdiff.text2image_settings import LatentModelSettings
 from jaxdiff.textual_inversion_settings import InversionSettings
@@ -77,6 +79,18 @@ class InversionParts:
                 between = "in the style of" if style.kind == "style" else "next to"
                 found.append(f"{thing.word} {between} {style.word}")
         return found
+
+
+def own_concept(training: InversionSettings, mesh: Mesh) -> tuple[list[Concept], InversionSettings]:
+    """Return the digit that the tiny world has no name for, and the settings with the texts that it knows.
+
+    Digits are not learned from their mirror images.
+    """
+    folder = tiny_world_folder(cache_folder(), mesh)
+    concept = Concept("<new1>", folder / PICTURES, UNKNOWN)
+    templates = training.templates or folder / TEXTS
+    prompts = training.sample_prompts or ("a photo of the digit <new1>.", f"a photo of the digit {UNKNOWN}.")
+    return [concept], replace(training, templates=templates, flip=False, sample_prompts=prompts)
 
 
 def prepare_inversion(

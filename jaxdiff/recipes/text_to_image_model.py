@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.learned_embeddings import Learned, read_learned
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.tokenizer import CLIPTokenizer
@@ -24,6 +25,7 @@ from jaxdiff.recipes.stable_diffusion import (
 )
 from jaxdiff.recipes.text_to_image import TextToImage
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny, tiny_models
+from jaxdiff.recipes.tiny_world import TINY_WORLD, tiny_world_folder
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
 TINY = "tiny"
@@ -57,8 +59,9 @@ def prepare(
         pipeline, params = make_tiny(dtype, settings.decode_dtype)
         print(TINY_NOTE)
     else:
+        name = str(tiny_world_folder(cache_folder(), mesh)) if settings.model == TINY_WORLD else settings.model
         pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
-            settings.model, revision=settings.revision, dtype=dtype, decode_dtype=settings.decode_dtype
+            name, revision=settings.revision, dtype=dtype, decode_dtype=settings.decode_dtype
         )
     learned = read_all_learned(settings)
     model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
@@ -135,9 +138,11 @@ def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, me
     """
     dtype = default_dtype(settings)
     dtypes = {"text_encoder": dtype, "unet": dtype, "vae": settings.decode_dtype}
-    models, model = tiny_models(dtypes) if settings.model == TINY else read_models(
-        settings.model, settings.revision, dtypes
-    )  # fmt: skip
+    if settings.model == TINY:
+        models, model = tiny_models(dtypes)
+    else:
+        name = str(tiny_world_folder(cache_folder(), mesh)) if settings.model == TINY_WORLD else settings.model
+        models, model = read_models(name, settings.revision, dtypes)
     model = choose_attention(model)[0]
     params = {
         part: jax.tree.map(

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 
 from jaxdiff.io.digit_captions import ANYWHERE, CAPTIONS, CLASS_NAMES, CONTEXT, caption_vocabulary
 from jaxdiff.io.digits import SIZE, embedded_digits
-from jaxdiff.io.images import to_float
+from jaxdiff.io.images import to_float, write_png
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import write_json
 from jaxdiff.io.tokenizer import BEGIN, END, CLIPTokenizer, write_tokenizer
@@ -66,6 +67,12 @@ SCHEDULER = {
 }
 DIFFUSION = ForwardProcess("scaled_linear", 1000, 0.00085, 0.012, "v")
 SAMPLING = SamplingDefaults("trailing", 0, -1, False)
+
+
+TINY_WORLD = "tiny-world"
+"""What `--model` calls it."""
+PICTURES, TEXTS = "pictures", "texts.txt"
+"""Five pictures of the digit that has no name, and texts to learn its word from, in the folder."""
 
 
 class World(NamedTuple):
@@ -206,6 +213,13 @@ def tiny_world_folder(
     return folder
 
 
+def unspoken_pictures(number: int) -> UInt8[np.ndarray, "N H W 3"]:
+    """Return pictures of the digit that has no name, of the first domain, drawn by a fixed seed."""
+    images, labels, domains = embedded_digits(held_out=False)
+    fitting = np.flatnonzero((labels == UNSPOKEN) & (domains == 0))
+    return images[np.random.default_rng(0).choice(fitting, number, replace=False)]
+
+
 def write_world(folder: Path, world: World) -> None:
     """Write a folder of diffusers."""
     model, params = world
@@ -218,6 +232,9 @@ def write_world(folder: Path, world: World) -> None:
         pretrained.save_pretrained(folder / part, jax.device_get(params[part]), safe_serialization=True)
     for part in ("tokenizer", "scheduler"):
         (folder / part).mkdir()
+    for number, pixels in enumerate(unspoken_pictures(5)):
+        write_png(folder / PICTURES / f"{number}.png", pixels)
+    (folder / TEXTS).write_text("\n".join(text for text, domain in CAPTIONS if domain != 1) + "\n")
     write_tokenizer(folder / "tokenizer", *caption_vocabulary())
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     index = {
