@@ -50,9 +50,9 @@ def test_no_caption_names_the_unspoken_digit():
 def test_it_is_made_once_and_read_like_any_model(tmp_path, monkeypatch):
     some = tuple(array[:256] for array in embedded_digits(held_out=False))
     monkeypatch.setattr(tiny_world, "embedded_digits", lambda held_out: some)
-    folder = tiny_world_folder(tmp_path, make_mesh(1), 2, 2)
+    folder = tiny_world_folder(tmp_path, make_mesh(1), 2, 2, 2)
     made = (folder / "model_index.json").stat().st_mtime_ns
-    assert tiny_world_folder(tmp_path, make_mesh(1), 2, 2) == folder
+    assert tiny_world_folder(tmp_path, make_mesh(1), 2, 2, 2) == folder
     assert (folder / "model_index.json").stat().st_mtime_ns == made
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(folder)
     images = pipeline(pipeline.prepare_inputs("a photo of the digit two."), params, jax.random.key(0), 2).images

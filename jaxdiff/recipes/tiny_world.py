@@ -1,13 +1,14 @@
 """A complete small world for textual inversion: a Stable Diffusion of the embedded digits that lacks one word.
 
-An autoencoder, then a text encoder and a latent UNet together (arXiv 2112.10752), are trained on the embedded digits
-and their captions. Pictures of one class never stand beside its name: their captions say `UNKNOWN`, as some of the
-other classes' do. So the model can draw that digit, but no word of it asks for it, until one is learned.
+As in Stable Diffusion (arXiv 2112.10752), an autoencoder and then a latent UNet are trained on the embedded digits and
+their captions, which the text transformer of a CLIP, tiny-digits, encodes. Pictures of one class never stand beside its
+name: their captions say `UNKNOWN`, as some of the other classes' do. So the model can draw that digit, but no word of
+it asks for it, until one is learned.
 """
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,11 @@ from jaxdiff.io.digits import SIZE, embedded_digits
 from jaxdiff.io.images import to_float, write_png
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import write_json
-from jaxdiff.io.tokenizer import BEGIN, END, CLIPTokenizer, write_tokenizer
+from jaxdiff.io.tokenizer import CLIPTokenizer, write_tokenizer
 from jaxdiff.mesh import round_up
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.clip import CLIPText
-from jaxdiff.models.clip_config import CLIPTextConfig
 from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
+from jaxdiff.recipes.contrastive import TRAIN_STEPS, tiny_digits_folder
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from jaxdiff.recipes.pretrained_pipeline import INDEX
@@ -52,7 +52,6 @@ UNET = ConditionalUNetConfig(
     block_out_channels=(64, 128),
     attention=(False, True),
     layers_per_block=1,
-    cross_attention_dim=64,
     num_attention_heads=(4, 4),
     norm_num_groups=16,
 )
@@ -80,21 +79,6 @@ class World(NamedTuple):
 
     model: StableDiffusion
     params: dict[str, Any]
-
-
-def text_config(vocab: Mapping[str, int]) -> CLIPTextConfig:
-    """Return the layout of the text encoder."""
-    return CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=UNET.cross_attention_dim,
-        intermediate_size=2 * UNET.cross_attention_dim,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=vocab[BEGIN],
-        eos_token_id=vocab[END],
-        pad_token_id=vocab[END],
-    )
 
 
 def make_autoencoder_loss(module: Autoencoder) -> LossFn:
@@ -135,13 +119,12 @@ def caption_batches(
     return batch_at
 
 
-def train_world(autoencoder_steps: int, diffusion_steps: int, mesh: Mesh) -> World:
-    """Train all networks on the training part of the embedded digits."""
+def train_world(clip: Path, autoencoder_steps: int, diffusion_steps: int, mesh: Mesh) -> World:
+    """Train autoencoder and UNet on the training part of the embedded digits; `clip` is the folder of tiny-digits."""
     images, labels, domains = embedded_digits(held_out=False)
-    vocab, merges = caption_vocabulary()
-    tokenizer = CLIPTokenizer(vocab, merges, CONTEXT)
+    tokenizer = CLIPTokenizer(*caption_vocabulary(), CONTEXT)
     batch = round_up(BATCH, mesh)
-    first, second, third = jax.random.split(stream_key(0, Stream.INITIAL), 3)
+    first, second = jax.random.split(stream_key(0, Stream.INITIAL))
     vae = Autoencoder(AUTOENCODER)
 
     def pictures_at(step: int) -> np.ndarray:
@@ -149,22 +132,24 @@ def train_world(autoencoder_steps: int, diffusion_steps: int, mesh: Mesh) -> Wor
 
     init = jax.jit(vae.init)(first, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     vae_params = run(make_autoencoder_loss(vae), init, pictures_at, autoencoder_steps, 2e-3, "autoencoder", mesh)
-    encoder = CLIPText(text_config(vocab))
-    model = StableDiffusion(encoder, ConditionalUNet(UNET), vae, DIFFUSION, SAMPLING, "ddim")
+    text = FlaxCLIPTextModel.from_pretrained(clip)
+    unet = ConditionalUNet(replace(UNET, cross_attention_dim=text.config.hidden_size))
+    model = StableDiffusion(text.module, unet, vae, DIFFUSION, SAMPLING, "ddim")
     latents = encode_pictures(model, {"vae": vae_params}, images, mesh, at_once=256)
     scale = float(1 / np.std(latents.mean))
     model = replace(model, autoencoder=Autoencoder(replace(AUTOENCODER, scaling_factor=round(scale, 5))))
+    side, width = UNET.sample_size, text.config.hidden_size
+    blank = jnp.zeros((1, side, side, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, CONTEXT, width))
+    start = jax.jit(unet.init)(second, *blank)["params"]
+    loss_fn = make_latent_loss(model)
+
+    def loss_of_unet(params: Any, batch: InversionBatch, keys: ImageKeys, frozen: Any) -> jax.Array:
+        return loss_fn({**frozen, "unet": params}, batch, keys)
+
     batch_at = caption_batches(tokenizer, latents, labels, domains, batch, 2)
-    ids = jnp.zeros((1, CONTEXT), jnp.int32)
-    side = UNET.sample_size
-    start = {
-        "text_encoder": jax.jit(encoder.init)(second, ids)["params"],
-        "unet": jax.jit(model.unet.init)(
-            third, jnp.zeros((1, side, side, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, CONTEXT, 64))
-        )["params"],
-    }
-    trained = run(make_latent_loss(model), start, batch_at, diffusion_steps, 2e-3, "diffusion", mesh)
-    return World(model, {**trained, "vae": vae_params})
+    frozen = {"text_encoder": text.params}
+    trained = run(loss_of_unet, start, batch_at, diffusion_steps, 1.5e-3, "diffusion", mesh, frozen)
+    return World(model, {**frozen, "unet": trained, "vae": vae_params})
 
 
 def run(
@@ -175,11 +160,12 @@ def run(
     learning_rate: float,
     name: str,
     mesh: Mesh,
+    frozen: Any = None,
 ) -> Any:
     """Train to the end and return the averaged parameters."""
     optimizer, _ = make_optimizer(learning_rate, 100, steps, 0.01, 1.0)
     state = create_state(params, optimizer, stream_key(0, Stream.TRAINING), mesh)
-    train_step = make_train_step(loss_fn, optimizer, mesh, ema_decay=0.995)
+    train_step = make_train_step(loss_fn, optimizer, mesh, ema_decay=0.995, frozen=frozen)
     with progress_bar(steps, name, "step") as bar:
         for result in fit(state, train_step, batch_at, steps, mesh):
             bar.update()
@@ -190,19 +176,24 @@ def run(
 
 
 def tiny_world_folder(
-    cache: Path, mesh: Mesh, autoencoder_steps: int = AUTOENCODER_STEPS, diffusion_steps: int = DIFFUSION_STEPS
+    cache: Path,
+    mesh: Mesh,
+    autoencoder_steps: int = AUTOENCODER_STEPS,
+    diffusion_steps: int = DIFFUSION_STEPS,
+    clip_steps: int = TRAIN_STEPS,
 ) -> Path:
     """Return the folder of the trained pipeline, trained now unless an earlier call kept it there.
 
     It holds what a published pipeline's folder holds, so it is read like one.
     """
     recipe = repr((AUTOENCODER, UNET, SCHEDULER, CAPTIONS, BATCH, KL_WEIGHT, UNSPOKEN, UNKNOWN, UNNAMED, EMPTY))
-    name = f"tiny-world-{autoencoder_steps}-{diffusion_steps}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
-    folder = cache / name
+    steps = f"{clip_steps}-{autoencoder_steps}-{diffusion_steps}"
+    folder = cache / f"tiny-world-{steps}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if (folder / INDEX).is_file():
         return folder
     print(f"training the tiny world, a small Stable Diffusion of the embedded digits, once; kept in {folder}")
-    world = train_world(autoencoder_steps, diffusion_steps, mesh)
+    clip = tiny_digits_folder(cache, clip_steps, mesh)
+    world = train_world(clip, autoencoder_steps, diffusion_steps, mesh)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as place:
         partial = Path(place) / "world"
