@@ -26,7 +26,7 @@ class Config:
     concept: tuple[str, ...] = ()
     """What to learn, <word>:FOLDER:initialiser or, for a style, <word>:FOLDER:initialiser:style; several at once. None
     means, with --model tiny-world, the digit that it has no name for."""
-    model: LatentModelSettings = field(default_factory=lambda: LatentModelSettings("tiny-world"))
+    model: LatentModelSettings = field(default_factory=LatentModelSettings)
     training: InversionSettings = field(default_factory=InversionSettings)
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with the run in --out; never deletes what it left there and starts over."""

@@ -1,4 +1,4 @@
-"""Prove textual inversion on a small world: teach a Stable Diffusion of the embedded digits a digit it has no word for.
+"""Try textual inversion in a small world: teach a Stable Diffusion of the embedded digits a digit it has no word for.
 
     python scripts/tiny_world.py --out runs/tiny_world
 
@@ -64,8 +64,8 @@ def main() -> int:
     judge, judged = prepare_judge(load_data("digits"), 600, 0, mesh, folder)
     begun = time.perf_counter()
     code = textual_inversion.main([
-        f"--train-steps={config.steps}", f"--learning-rate={config.learning_rate}", f"--batch-size={config.batch_size}",
-        f"--vectors-per-token={config.vectors}", f"--seed={config.seed}", "--sample-every=1000000",
+        "--model=tiny-world", f"--train-steps={config.steps}", f"--learning-rate={config.learning_rate}",
+        f"--batch-size={config.batch_size}", f"--vectors-per-token={config.vectors}", f"--seed={config.seed}", "--sample-every=1000000",
         f"--sample-steps={config.num_steps}", f"--guidance-scale={config.guidance_scale}", "--resume=never",
         "--devices=1", f"--out={config.out / 'inversion'}",
     ])  # fmt: skip
