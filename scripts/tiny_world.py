@@ -63,12 +63,21 @@ def main() -> int:
     print(f"world: {time.perf_counter() - started:.0f} s")
     judge, judged = prepare_judge(load_data("digits"), 600, 0, mesh, folder)
     begun = time.perf_counter()
-    code = textual_inversion.main([
-        "--model=tiny-world", f"--train-steps={config.steps}", f"--learning-rate={config.learning_rate}",
-        f"--batch-size={config.batch_size}", f"--vectors-per-token={config.vectors}", f"--seed={config.seed}", "--sample-every=1000000",
-        f"--sample-steps={config.num_steps}", f"--guidance-scale={config.guidance_scale}", "--resume=never",
-        "--devices=1", f"--out={config.out / 'inversion'}",
-    ])  # fmt: skip
+    flags = {
+        "model": "tiny-world",
+        "train-steps": config.steps,
+        "learning-rate": config.learning_rate,
+        "batch-size": config.batch_size,
+        "vectors-per-token": config.vectors,
+        "seed": config.seed,
+        "sample-every": config.steps,
+        "sample-steps": config.num_steps,
+        "guidance-scale": config.guidance_scale,
+        "resume": "never",
+        "devices": 1,
+        "out": config.out / "inversion",
+    }
+    code = textual_inversion.main([f"--{name}={value}" for name, value in flags.items()])
     if code:
         return code
     print(f"word: {time.perf_counter() - begun:.0f} s")
