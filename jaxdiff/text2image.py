@@ -1,8 +1,10 @@
 """Draw pictures from texts with Stable Diffusion.
 
     python -m jaxdiff.text2image --model DIR --prompt "a photo of a cat" --num-images 4 --out runs/cat
+    python -m jaxdiff.text2image --model DIR --embeddings learned_embeds.safetensors --task input.json --out out
 
-Writes into --out: one PNG file a picture, which says how it was made, grid.png, results.json and report.html.
+Writes into --out: one PNG file a picture, which says how it was made, grid.png, results.json and report.html. With
+--task the files are {key}/{prompt number}/source{key}_prompt{prompt number}_{n}.png.
 """
 
 import sys
@@ -15,6 +17,9 @@ from jaxdiff.command import run_command
 from jaxdiff.settings import require, require_at_least
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
+PICTURES_OF_A_TASK = 25
+"""What the course's grader counts."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -24,8 +29,10 @@ class Config:
     """What to draw; several make a row of pictures each."""
     prompts: Path | None = None
     """Text file with more prompts, one a line."""
-    num_images: int = 1
-    """Pictures of each prompt."""
+    task: Path | None = None
+    """The course's input.json, which names learned words and prompts; draws all its pictures under its file names."""
+    num_images: int | None = None
+    """Pictures of each prompt; None means 25 with --task, else 1."""
     model: LatentModelSettings = field(default_factory=LatentModelSettings)
     pictures: PictureSettings = field(default_factory=PictureSettings)
     devices: int | None = None
@@ -36,11 +43,11 @@ class Config:
     """Only say how much memory it would take; reads no weights."""
 
     def __post_init__(self):
-        require_at_least("num_images", self.num_images, 1)
-        require_at_least("devices", 1 if self.devices is None else self.devices, 1)
-        require(
-            bool(self.prompt) or self.prompts is not None or self.dry_run, "--prompt or --prompts must say what to draw"
-        )
+        for name in ("num_images", "devices"):
+            require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        named = bool(self.prompt) or self.prompts is not None
+        require(self.task is None or not named, "--task brings its own prompts: drop --prompt and --prompts")
+        require(named or self.task is not None or self.dry_run, "--prompt, --prompts or --task must say what to draw")
         require(all(text.strip() for text in self.prompt), "--prompt: one is empty")
 
 
@@ -49,7 +56,8 @@ def run(config: Config) -> list[Path]:
     from jaxdiff.io.prompts import read_prompts
     from jaxdiff.io.runs import as_json, check_writable, make_folder
     from jaxdiff.mesh import make_mesh
-    from jaxdiff.recipes.text_to_image import draw_missing
+    from jaxdiff.recipes.course_delivery import check_no_others, check_words, list_delivery
+    from jaxdiff.recipes.text_to_image import draw_missing, make_jobs
     from jaxdiff.recipes.text_to_image_model import describe_memory, prepare
     from jaxdiff.recipes.text_to_image_report import write_outputs
 
@@ -59,11 +67,18 @@ def run(config: Config) -> list[Path]:
         print(describe_memory(config.model, config.pictures, mesh))
         return []
     check_writable(config.out)
-    prompts = [*config.prompt, *(read_prompts(config.prompts) if config.prompts else ())]
+    if config.task is None:
+        prompts = [*config.prompt, *(read_prompts(config.prompts) if config.prompts else ())]
+        jobs = make_jobs(prompts, config.num_images or 1)
+    else:
+        prompts, jobs = list_delivery(config.task, config.num_images or PICTURES_OF_A_TASK)
+        check_no_others(config.out, jobs)
     drawing = prepare(config.model, config.pictures, mesh)
+    if config.task is not None:
+        check_words(config.task, drawing.tokenizer, drawing.learned)
     drawing.tokenize(prompts)  # refuses what is too long before anything is written
     out = make_folder(config.out)
-    drawn = draw_missing(drawing, prompts, config.num_images, out)
+    drawn = draw_missing(drawing, prompts, jobs, out)
     return write_outputs(out, drawing, prompts, drawn, as_json(config), started)
 
 

@@ -164,7 +164,7 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ((), "--prompt or --prompts must say what to draw"),
+        ((), "--prompt, --prompts or --task must say what to draw"),
         (("--prompt", " "), "--prompt: one is empty"),
         (("--prompts=nope.txt",), "--prompts nope.txt: cannot be read"),
         (("--prompts=empty.txt",), "--prompts empty.txt: holds no prompt"),

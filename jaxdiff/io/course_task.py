@@ -25,8 +25,8 @@ class TaskConcept:
       source: what it is, in words.
       token: the learned word.
       prompts: texts with the learned word.
-      plain_prompts: the same texts without it, as the grader reads them.
-      baselines: least image score and least text score of each prompt.
+      plain_prompts: the same texts without it, as the grader reads them; none where only pictures are asked for.
+      baselines: least image score and least text score of each prompt; none likewise.
     """
 
     key: str
@@ -37,23 +37,30 @@ class TaskConcept:
     baselines: tuple[tuple[float, float], ...]
 
 
-def read_task(path: Path) -> tuple[TaskConcept, ...]:
+def read_task(path: Path, graded: bool = True) -> tuple[TaskConcept, ...]:
     """Return the concepts of a task, in the order of the file.
+
+    Args:
+      path: the file.
+      graded: whether it must say what pictures are graded by; else that is not read.
 
     Raises:
       InputError: it is no such file, or a concept lacks prompts, or has not as many of everything.
     """
-    concepts = tuple(_read_concept(path, key, value) for key, value in read_strict_json(path).items())
+    concepts = tuple(_read_concept(path, key, value, graded) for key, value in read_strict_json(path).items())
     if not concepts:
         raise InputError(f"{path}: names no concept")
     return concepts
 
 
-def _read_concept(path: Path, key: str, value: Any) -> TaskConcept:
+def _read_concept(path: Path, key: str, value: Any, graded: bool) -> TaskConcept:
     if not isinstance(value, Mapping) or not key or {"/", "\\"} & set(key) or key.startswith("."):
         raise InputError(f"{path}: {key!r} must be the name of a folder, and an object")
     source, token = (_text(path, key, value, name) for name in ("src_image", "token_name"))
-    prompts, plain = (_texts(path, key, value, name) for name in ("prompt", "prompt_4_clip_eval"))
+    prompts = _texts(path, key, value, "prompt")
+    if not graded:
+        return TaskConcept(key, source, token, prompts, (), ())
+    plain = _texts(path, key, value, "prompt_4_clip_eval")
     baselines: Any = value.get("baseline")
     fits = isinstance(baselines, list) and all(
         isinstance(pair, list)

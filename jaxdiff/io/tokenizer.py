@@ -150,16 +150,22 @@ class CLIPTokenizer:
         """Make each text one token, found before anything else is and with its case; return their new ids.
 
         Raises:
-          InputError: one of them is a token already.
+          InputError: one of them is a token already, or cannot become one.
         """
         from tokenizers import AddedToken
 
-        known = [token for token in tokens if self._tokenizer.token_to_id(token) is not None]
+        known = [token for token in tokens if self._tokenizer.token_to_id(token) is not None or self.knows(token)]
         if known or len(set(tokens)) < len(tokens):
             raise InputError(f"{known[0] if known else 'a token'} stands for something already: choose another name")
         self._tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+        if split := [token for token in tokens if not self.knows(token)]:
+            raise InputError(f"the tokenizer would still split {split[0]!r}: choose another name")
         first = self.vocab_size - len(tokens)
         return list(range(first, first + len(tokens)))
+
+    def knows(self, word: str) -> bool:
+        """Tell whether a text is one token."""
+        return len(self._rows([word])[0]) == 3  # with begin and end
 
     def name_of(self, number: int) -> str:
         """Return the token of an id, in the vocabulary's spelling."""

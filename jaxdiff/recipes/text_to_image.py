@@ -46,11 +46,19 @@ TEXTS_AT_ONCE = 8
 
 
 class Job(NamedTuple):
-    """One picture: its prompt's number, its own number under that prompt, and its file's name."""
+    """One picture.
+
+    Attributes:
+      prompt: number of its text among all that are drawn.
+      number: its own number under that text.
+      file: its name below the folder.
+      row: what its noise depends on beside its own number.
+    """
 
     prompt: int
     number: int
     file: str
+    row: int
 
 
 @dataclass(frozen=True)
@@ -130,10 +138,10 @@ class TextToImage:
         shape = self.model.latent_shape(*self.size)
         base = stream_key(self.settings.seed, Stream.SAMPLES)
         start = jax.jit(lambda numbers: _start(base, numbers, shape), out_shardings=batch_split(self.mesh))
-        numbers = np.array([(job.prompt, job.number) for job in jobs], np.int32)
+        numbers = np.array([(job.row, job.number) for job in jobs], np.int32)
         left = list(jobs)
         for (pairs, texts), count in in_batches(
-            (numbers, np.stack(context)[numbers[:, 0]]),
+            (numbers, np.stack(context)[[job.prompt for job in jobs]]),
             round_up(min(self.settings.batch_size, len(jobs)), self.mesh),
             self.mesh,
         ):
@@ -149,7 +157,7 @@ class TextToImage:
 
 
 def _start(base: PRNGKey, numbers: Int[Array, "B 2"], shape: tuple[int, int, int]) -> tuple[ImageKeys, Array]:
-    """Return key and noise of each picture, by the numbers of its prompt and of itself."""
+    """Return key and noise of each picture, by the numbers of its row and of itself."""
     fold = jax.random.fold_in
     keys = jax.vmap(lambda pair: fold(fold(base, pair[0]), pair[1]))(numbers)
     return keys, starting_noise(keys, shape)
@@ -158,7 +166,7 @@ def _start(base: PRNGKey, numbers: Int[Array, "B 2"], shape: tuple[int, int, int
 def make_jobs(prompts: Sequence[str], num_images: int) -> list[Job]:
     """Return one job for each picture of each prompt."""
     return [
-        Job(prompt, number, f"{prompt:03d}_{number:03d}.png")
+        Job(prompt, number, f"{prompt:03d}_{number:03d}.png", row=prompt)
         for prompt in range(len(prompts))
         for number in range(num_images)
     ]
@@ -180,16 +188,15 @@ class Drawn(NamedTuple):
     seconds: float
 
 
-def draw_missing(drawing: TextToImage, prompts: Sequence[str], num_images: int, folder: Path) -> Drawn:
+def draw_missing(drawing: TextToImage, prompts: Sequence[str], jobs: Sequence[Job], folder: Path) -> Drawn:
     """Draw what the folder does not hold yet.
 
     Args:
       drawing: how.
-      prompts: one text for each row of pictures.
-      num_images: pictures of each prompt.
+      prompts: the texts.
+      jobs: as many pictures of each text, text by text.
       folder: holds the PNG files.
     """
-    jobs = make_jobs(prompts, num_images)
     texts = {job: describe(prompts[job.prompt], job.number, drawing.about) for job in jobs}
     old = {job for job in jobs if read_png_texts(folder / job.file).get(ABOUT) == texts[job][ABOUT]}
     new = [job for job in jobs if job not in old]

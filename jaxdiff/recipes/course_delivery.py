@@ -1,0 +1,51 @@
+"""The pictures that the course asks for: which prompts, which files, and nothing else beside them."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.course_task import read_task
+from jaxdiff.io.tokenizer import CLIPTokenizer
+from jaxdiff.recipes.text_to_image import Job
+
+COUNTED = {".png", ".jpg", ".jpeg", ".bmp", ".gif"}
+"""What the grader takes for a picture."""
+
+
+def list_delivery(path: Path, num_images: int) -> tuple[list[str], list[Job]]:
+    """Return the prompts of a task and one job for each picture of each.
+
+    Noises depend on a prompt's number under its own key, so that no key's pictures change with another key's prompts.
+
+    Raises:
+      InputError: the file is no task.
+    """
+    prompts: list[str] = []
+    jobs = []
+    for concept in read_task(path, graded=False):
+        for row, prompt in enumerate(concept.prompts):
+            name = f"{concept.key}/{row}/source{concept.key}_prompt{row}_{{}}.png"
+            jobs += [Job(len(prompts), number, name.format(number), row) for number in range(num_images)]
+            prompts.append(prompt)
+    return prompts, jobs
+
+
+def check_words(path: Path, tokenizer: CLIPTokenizer, learned: Collection[str]) -> None:
+    """Raise InputError unless the tokenizer knows every word of a task; `learned` are those of files."""
+    for concept in read_task(path, graded=False):
+        if not tokenizer.knows(concept.token):
+            known = f"they hold {', '.join(sorted(learned))}" if learned else "none is given"
+            raise InputError(
+                f"--task {path}: {concept.key!r} needs the learned word {concept.token}, which --embeddings must hold: "
+                f"{known}"
+            )
+
+
+def check_no_others(out: Path, jobs: Sequence[Job]) -> None:
+    """Raise InputError where a folder of the delivery holds a picture that is none of it: the grader would count it."""
+    out = out.expanduser()
+    wanted = {out / job.file for job in jobs}
+    for folder in sorted({path.parent for path in wanted}):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix.lower() in COUNTED and path not in wanted:
+                raise InputError(f"--out {path}: is none of the task's pictures; move it away, or choose another --out")
