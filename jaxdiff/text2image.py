@@ -40,7 +40,7 @@ class Config:
     out: Path = Path("runs/text2image")
     """Folder to write into; pictures made with other settings are replaced, the others kept."""
     dry_run: bool = False
-    """Only say how much memory it would take; reads no weights."""
+    """Only say how much memory it would take, whatever the prompts; reads no weights."""
 
     def __post_init__(self):
         for name in ("num_images", "devices"):
@@ -76,10 +76,10 @@ def run(config: Config) -> list[Path]:
     drawing = prepare(config.model, config.pictures, mesh)
     if config.task is not None:
         check_words(config.task, drawing.tokenizer, drawing.learned)
-    drawing.tokenize(prompts)  # refuses what is too long before anything is written
+    drawing.tokenize([*prompts, config.pictures.negative])  # refuses what is too long before anything is written
     out = make_folder(config.out)
     drawn = draw_missing(drawing, prompts, jobs, out)
-    return write_outputs(out, drawing, prompts, drawn, as_json(config), started)
+    return write_outputs(out, drawing, prompts, jobs, drawn, as_json(config), started)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -245,9 +245,8 @@ def on_accelerator(config: Diffusion) -> dict[str, Any]:
     )
     params = {part: tree["params"] for part, tree in draw().items()}
     peak, mesh = bfloat16_peak(), make_mesh(1)
-    process, timesteps = make_process(model, None, 50)
     results: dict[str, Any] = {"peak_tflops": peak / 1e12}
-    sampler = make_latent_sampler(model, process, timesteps, 7.5, mesh)
+    sampler = make_latent_sampler(model, make_process(model, None, 50), 7.5, mesh)
     decode = jax.jit(lambda params, latents: decode_latents(model, params, latents))
     nothing = jnp.zeros((1, 77, 768), half)
     for batch in (1, 4, 16, 32):

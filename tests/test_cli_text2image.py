@@ -21,6 +21,7 @@ from jaxdiff.io import hub
 from jaxdiff.io.images import read_png_texts
 from jaxdiff.mesh import make_mesh
 from jaxdiff.recipes.stable_diffusion import encode_texts
+from jaxdiff.recipes.text_to_image import make_jobs
 from jaxdiff.recipes.text_to_image_model import prepare
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
@@ -137,21 +138,59 @@ def test_learned_words_are_read_as_diffusers_reads_them(folder, tmp_path, layout
     prompt = "a photo of <many> and of <one> <one>"
     expected = theirs.encode_prompt(prompt, "cpu", 1, False)[0].detach().numpy()
     drawing = prepare(LatentModelSettings(str(folder), embeddings=tuple(files)), PictureSettings(), make_mesh(1))
-    np.testing.assert_allclose(drawing.encode([prompt]), expected, rtol=0, atol=1e-5)
+    found = drawing.encode(np.stack(drawing.tokenize([prompt])))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_long_prompts_are_encoded_in_pieces_of_75_tokens(folder):
     drawing = prepare(LatentModelSettings(str(folder)), PictureSettings(long_prompts=True), make_mesh(1))
     # Ten letters a word, none of them merged: ten tokens.
     words = ["xxxxxxxxxx"] * 11
-    found = drawing.encode([" ".join(words), ""])
-    assert found.shape == (2, 2 * 77, 32)
+    long, short = drawing.tokenize([" ".join(words), ""])
+    assert short.shape == (1, 77)
+    found = drawing.encode(long[None])
+    assert found.shape == (1, 2 * 77, 32)
     # All 110 tokens of the text without its begin and end, 75 to a piece; the second ends in padding.
     begin, *word, end = drawing.tokenizer(words[:1]).input_ids[0]
     text = word * 11
     pieces = [[begin, *text[:75], end], [begin, *text[75:], end, *[end] * 40]]
     expected = encode_texts(drawing.model, drawing.params, jax.numpy.asarray(pieces))
     np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
+        ("vae/config.json", {"scaling_factor": 0.5}),
+        ("tokenizer/merges.txt", None),
+    ],
+)
+def test_a_rerun_draws_anew_what_another_config_would_draw_otherwise(folder, tmp_path, file, changes):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    args = (f"--model={copy}", "--prompt=a photo", "--num-steps=2", f"--out={tmp_path / 'out'}")
+    assert draw(*args).code == 0
+    moved = copy.rename(tmp_path / "moved")
+    args = (f"--model={moved}", *args[1:])
+    assert "1 of 1 pictures are there already" in draw(*args).out
+    if changes is None:
+        (moved / file).write_text("#version: 0.2\n")
+    else:
+        edit(moved / file, **changes)
+    answer = draw(*args)
+    assert answer.code == 0, answer.err
+    assert "there already" not in answer.out
+
+
+def test_a_picture_does_not_depend_on_how_long_the_other_prompts_are(folder):
+    drawing = prepare(LatentModelSettings(str(folder)), PictureSettings(long_prompts=True, num_steps=2), make_mesh(1))
+    prompts = ["a cat", "xxxxxxxxxx " * 11, "a dog"]
+    together = {job.prompt: pixels for job, pixels in drawing.draw(make_jobs(prompts, 1), prompts)}
+    assert together.keys() == {0, 1, 2}
+    for number in (0, 2):
+        job = [job for job in make_jobs(prompts, 1) if job.prompt == number]
+        ((_, alone),) = drawing.draw(job, [prompts[number] if n == number else "" for n in range(3)])
+        np.testing.assert_array_equal(together[number], alone)
 
 
 # --- what is refused
@@ -168,9 +207,9 @@ def edit(path, **changes):
         (("--prompt", " "), "--prompt: one is empty"),
         (("--prompts=nope.txt",), "--prompts nope.txt: cannot be read"),
         (("--prompts=empty.txt",), "--prompts empty.txt: holds no prompt"),
-        (("--prompt=a", "--height=20"), "--height must be a multiple of 8 pixels, got 20: try 16"),
+        (("--prompt=a", "--height=21"), "--height must be a multiple of 4 pixels, got 21: try 20"),
         (("--prompt=a", "--num-steps=0"), "--num-steps must be at least 1, got 0"),
-        (("--prompt=a", "--num-steps=2000"), "--num-steps 2000: num_steps must lie in 1..1000"),
+        (("--prompt=a", "--num-steps=2000"), "--num-steps 2000, leading spacing: num_steps must lie in 1..1000"),
         (("--prompt=a", "--eta=0.5"), "--eta has no effect without --sampler ddim"),
         (("--prompt=a", "--negative=b", "--guidance-scale=1"), "--negative has no effect at --guidance-scale 1"),
         (("--prompt=a", "--guidance-scale=inf"), "--guidance-scale must be finite"),

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from jaxdiff import settings
 from jaxdiff.diffusion import timesteps
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.diffusion.timesteps import timestep_spacing, with_final
+from jaxdiff.diffusion.timesteps import check_reach, timestep_spacing, with_final
 
 SCHEDULE = make_schedule("linear")
 
@@ -55,7 +55,8 @@ def test_wrong_values_are_named(unchecked):
     with pytest.raises(ValueError, match="needs a finite noise level at the last timestep"):
         timestep_spacing("karras", 5, make_schedule("linear", 10, zero_terminal_snr=True))
     with pytest.raises(ValueError, match="600 leading timesteps end at 599, far below 999"):
-        timestep_spacing("leading", 600, SCHEDULE)
+        check_reach(timestep_spacing("leading", 600, SCHEDULE), SCHEDULE)
+    check_reach(timestep_spacing("leading", 50, SCHEDULE), SCHEDULE)
     for wrong in ([5, 5, 1], [5, 1, 3], [], [5.0, np.nan], [np.inf, 5.0], [5.0, -0.5]):
         with pytest.raises(ValueError, match="fall strictly"):
             with_final(np.array(wrong))

@@ -54,6 +54,19 @@ def test_the_unet_is_that_of_diffusers(tmp_path, changes):
     np.testing.assert_allclose(found, expected.numpy(), **CLOSE)
 
 
+# Below an odd size lies a level that is not half as large.
+@pytest.mark.parametrize("padding", [1, 0])
+def test_the_unet_takes_latents_of_odd_sizes_as_that_of_diffusers(tmp_path, padding):
+    twin = make_unet(**UNETS["two layers, three levels"], downsample_padding=padding)
+    twin.save_pretrained(tmp_path)
+    x_t, t, context = draw(2, 4, 11, 14), np.array([3, 980]), draw(2, 7, 32, seed=1)
+    with torch.no_grad():
+        expected = twin(*map(torch.from_numpy, (x_t, t, context))).sample
+    model, params = FlaxUNet2DConditionModel.from_pretrained(tmp_path)
+    found = jax.jit(model.apply)({"params": params}, x_t, t, context).sample
+    np.testing.assert_allclose(found, expected.numpy(), **CLOSE)
+
+
 def test_keys_and_values_of_a_text_may_be_computed_once(tmp_path):
     make_unet().save_pretrained(tmp_path)
     model, params = FlaxUNet2DConditionModel.from_pretrained(tmp_path)

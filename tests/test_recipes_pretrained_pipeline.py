@@ -55,15 +55,22 @@ def edit(path, **changes):
 
 
 TRAILING = {**BETAS, "timestep_spacing": "trailing"}
+LINSPACE = {**BETAS, "timestep_spacing": "linspace"}
 SCHEDULERS = {
     "pndm": PNDMScheduler(**SCHEDULER),
     "ddim": DDIMScheduler(**LEADING, clip_sample=False, set_alpha_to_one=False),
     "ddim, v, clean end": DDIMScheduler(**LEADING, clip_sample=False, prediction_type="v_prediction"),
     "euler": EulerDiscreteScheduler(**LEADING),
     "heun": HeunDiscreteScheduler(**LEADING),
-    # Of these, diffusers' leading steps are those of one step more; the first is then left out.
-    "dpm++2m": DPMSolverMultistepScheduler(**TRAILING),
-    "unipc": UniPCMultistepScheduler(**TRAILING),
+    "euler, linspace": EulerDiscreteScheduler(**LINSPACE),
+    "euler, trailing": EulerDiscreteScheduler(**TRAILING),
+    "heun, linspace": HeunDiscreteScheduler(**LINSPACE),
+    "dpm++2m, leading": DPMSolverMultistepScheduler(**LEADING),
+    "dpm++2m, linspace": DPMSolverMultistepScheduler(**LINSPACE),
+    "dpm++2m, trailing": DPMSolverMultistepScheduler(**TRAILING),
+    "unipc, leading": UniPCMultistepScheduler(**LEADING),
+    "unipc, linspace": UniPCMultistepScheduler(**LINSPACE),
+    "unipc, trailing": UniPCMultistepScheduler(**TRAILING),
 }
 
 
@@ -78,7 +85,7 @@ def test_latents_are_those_of_diffusers(folder, loaded, tmp_path, name):
     diffusion, defaults, sampler = translate_scheduler(tmp_path / "scheduler_config.json")
     pipeline, params = loaded
     model = replace(pipeline.model, diffusion=diffusion, defaults=defaults, sampler=sampler)
-    sample = make_latent_sampler(model, *make_process(model, None, 10), 7.5, make_mesh(1))
+    sample = make_latent_sampler(model, make_process(model, None, 10), 7.5, make_mesh(1))
     context, nothing = (
         encode_texts(model, params, jnp.asarray(pipeline.prepare_inputs(text))) for text in (PROMPTS, "")
     )
@@ -128,6 +135,45 @@ def test_what_to_avoid_and_other_sizes_are_those_of_diffusers(folder, loaded):
         neg_prompt_ids=ours.prepare_inputs("it"),
     ).images
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_prompt_that_cannot_be_drawn_is_refused(loaded):
+    pipeline, params = loaded
+    ids, key = pipeline.prepare_inputs(PROMPTS), jax.random.key(0)
+    spoiled = noise()
+    spoiled[1, 0, 0, 0] = np.nan
+    for options, sentence in (
+        ({"latents": noise(3)}, "latents: shape"),
+        ({"latents": spoiled}, "latents: not all numbers are finite"),
+        ({"guidance_scale": np.array([7.5, 3.0])}, "one number for all pictures is needed, got [3.0, 7.5]"),
+        ({"neg_prompt_ids": pipeline.prepare_inputs(["a"] * 3)}, "3 texts to avoid for 2 prompts"),
+        ({"height": 31}, "--height must be a multiple of 2 pixels, got 31"),
+    ):
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            pipeline(ids, params, key, 2, **options)
+
+
+def test_numbers_that_are_not_finite_stop_the_drawing(loaded):
+    pipeline, params = loaded
+    ids, key = pipeline.prepare_inputs(PROMPTS), jax.random.key(0)
+
+    def spoil(part: str, leaf: str):
+        tree = {**params[part], leaf: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params[part][leaf])}
+        return {**params, part: tree}
+
+    with pytest.raises(InputError, match="not finite after evaluation 1 of the UNet"):
+        pipeline(ids, spoil("unet", "conv_out"), key, 2)
+    with pytest.raises(InputError, match="the decoded pictures are not finite"):
+        pipeline(ids, spoil("vae", "post_quant_conv"), key, 2)
+
+
+@pytest.mark.parametrize("num_steps", [7, 60, 75, 80, 300])
+def test_a_published_scheduler_takes_any_number_of_steps(loaded, num_steps):
+    theirs = PNDMScheduler(**SCHEDULER)
+    theirs.set_timesteps(num_steps)
+    walk = make_process(loaded[0].model, None, num_steps).timesteps
+    # PNDM of diffusers visits its second timestep twice.
+    np.testing.assert_array_equal(walk[:-1], -np.unique(-theirs.timesteps.numpy()))
 
 
 def test_a_script_of_old_runs_as_it_is(loaded):
@@ -198,15 +244,3 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(folder, tmp_path, spoil, 
     spoil(tmp_path / "copy")
     with pytest.raises(InputError, match=re.escape(sentence)):
         FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "copy")
-
-
-def test_calls_that_cannot_be_drawn_are_refused(loaded):
-    pipeline, params = loaded
-    ids = pipeline.prepare_inputs("a cat")
-    with pytest.raises(InputError, match="--height must be a multiple of 4 pixels, got 30"):
-        pipeline(ids, params, jax.random.key(0), 2, height=30)
-    with pytest.raises(InputError, match="latents: shape"):
-        pipeline(ids, params, jax.random.key(0), 2, latents=noise(2))
-    broken = {**params, "unet": jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), params["unet"])}
-    with pytest.raises(InputError, match="not finite after step 1"):
-        pipeline(ids, broken, jax.random.key(0), 2)

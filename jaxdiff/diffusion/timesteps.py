@@ -25,7 +25,9 @@ CLEAN = -1
 """Where a walk ends that ends at clean data."""
 
 
-def timestep_spacing(spacing: Spacing, num_steps: int, schedule: NoiseSchedule, offset: int = 0) -> Timetable:
+def timestep_spacing(
+    spacing: Spacing, num_steps: int, schedule: NoiseSchedule, offset: int = 0, whole: bool = True
+) -> Timetable:
     """Return the timesteps of equations (1) and (2), largest first.
 
     Args:
@@ -34,38 +36,46 @@ def timestep_spacing(spacing: Spacing, num_steps: int, schedule: NoiseSchedule, 
       num_steps: N, 1 to T.
       schedule: gives T, and the noise levels of (2).
       offset: added to every leading timestep.
+      whole: round linspace to integers.
 
     Raises:
-      ValueError: num_steps outside 1..T, an unknown spacing, an offset that leaves 0..T-1 or has no effect, leading
-        steps that T // N rounds so far down that they miss the noisiest timesteps, or no finite noise level at T-1
-        for (2).
+      ValueError: num_steps outside 1..T, an unknown spacing, an offset that leaves 0..T-1 or has no effect, or no
+        finite noise level at T-1 for (2).
     """
     total = schedule.num_train_timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must lie in 1..{total}, got {num_steps}")
     if offset and spacing != "leading":
         raise ValueError(f"an offset belongs to leading spacing, got {offset} with {spacing}")
-    steps = np.arange(num_steps)
+    steps = np.arange(num_steps, dtype=np.float64)
     if spacing == "leading":
         timesteps = steps * (total // num_steps) + offset
     elif spacing == "trailing":
         timesteps = np.rint(total - steps * (total / num_steps))[::-1] - 1
     elif spacing == "linspace":
-        timesteps = np.rint(np.linspace(0, total - 1, num_steps))
+        timesteps = np.linspace(0, total - 1, num_steps)
         if num_steps == 1:
             timesteps[:] = total - 1
+        if not whole:
+            return timesteps[::-1].astype(np.float32)
+        timesteps = np.rint(timesteps)
     elif spacing == "karras":
         return _karras(num_steps, schedule)
     else:
         raise ValueError(f"unknown spacing {spacing!r}: choose leading, trailing, linspace or karras")
     if timesteps[0] < 0 or timesteps[-1] > total - 1:
         raise ValueError(f"offset {offset} moves {num_steps} leading timesteps out of 0..{total - 1}")
-    if spacing == "leading" and timesteps[-1] + 2 * (total // num_steps) < total - 1:
+    return timesteps[::-1].astype(np.int32)
+
+
+def check_reach(timesteps: Timetable, schedule: NoiseSchedule) -> None:
+    """Raise ValueError where leading spacing was rounded so far down that it misses the noisiest timesteps."""
+    total, num_steps = schedule.num_train_timesteps, len(timesteps)
+    if timesteps[0] + 2 * (total // num_steps) < total - 1:
         raise ValueError(
-            f"{num_steps} leading timesteps end at {timesteps[-1]}, far below {total - 1}: take a number that divides "
+            f"{num_steps} leading timesteps end at {timesteps[0]}, far below {total - 1}: take a number that divides "
             f"{total}, or trailing spacing"
         )
-    return timesteps[::-1].astype(np.int32)
 
 
 def _karras(num_steps: int, schedule: NoiseSchedule, rho: float = 7.0) -> Float[np.ndarray, "N"]:

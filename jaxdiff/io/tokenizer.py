@@ -4,6 +4,7 @@ Built by the `tokenizers` library from vocab.json and merges.txt, or from tokeni
 transformers' CLIPTokenizer.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,21 +131,27 @@ class CLIPTokenizer:
             ids[number, : len(row)], mask[number, : len(row)] = row, 1
         return Tokens(ids, mask)
 
-    def in_chunks(self, texts: Sequence[str]) -> Int[np.ndarray, "B chunks L"]:
-        """Return the token ids of texts of any length, as many rows of `context_length` for each as the longest needs.
+    def in_chunks(self, texts: Sequence[str]) -> list[Int[np.ndarray, "chunks L"]]:
+        """Return the token ids of texts of any length, for each as many rows of `context_length` as it needs.
 
-        Each row has a begin and an end of its own; a text that needs fewer rows ends in rows of an empty text.
+        Each row has a begin and an end of its own.
         """
         most = self.context_length - 2
         rows = [row[1:-1] for row in self._rows(texts)]
+        return [
+            np.stack([self._chunk(row[start : start + most]) for start in range(0, max(1, len(row)), most)])
+            for row in rows
+        ]
+
+    def fill(self, chunks: Int[np.ndarray, "chunks L"], number: int) -> Int[np.ndarray, "more L"]:
+        """Return `number` chunks, those that are missing made of an empty text."""
+        return np.stack([*chunks, *[self._chunk([])] * (number - len(chunks))])
+
+    def _chunk(self, ids: Sequence[int]) -> Int[np.ndarray, "L"]:
+        """Return one row with begin, end and padding."""
         begin, end = (self._tokenizer.token_to_id(token) for token in (BEGIN, END))
-        chunks = max(1, *(-(-len(row) // most) for row in rows))
-        ids = np.full((len(rows), chunks, self.context_length), self.pad_id, np.int32)
-        for row, found in zip(rows, ids):
-            for number, chunk in enumerate(found):
-                part = row[number * most : (number + 1) * most]
-                chunk[: len(part) + 2] = [begin, *part, end]
-        return ids
+        row = [begin, *ids, end]
+        return np.array([*row, *[self.pad_id] * (self.context_length - len(row))], np.int32)
 
     def add_tokens(self, tokens: Sequence[str]) -> list[int]:
         """Make each text one token, found before anything else is and with its case; return their new ids.
@@ -175,6 +182,12 @@ class CLIPTokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._tokenizer.get_vocab_size()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the ids of a text."""
+        everything = f"{self._tokenizer.to_str()} {self.context_length} {self.pad_id}"
+        return hashlib.sha256(everything.encode()).hexdigest()
 
     def count_too_long(self, texts: Sequence[str]) -> int:
         """Return how many texts have more than `context_length` tokens."""

@@ -71,11 +71,6 @@ class ConditionalUNetConfig:
                 )
 
     @property
-    def size_divisor(self) -> int:
-        """Height and width of latents must be multiples of this, so that skips meet features of their own size."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    @property
     def head_dims(self) -> tuple[int, ...]:
         """Features of a head in each level that has transformers, and in the middle."""
         dims = [channels // heads for channels, heads in zip(self.block_out_channels, self.num_attention_heads)]
@@ -146,6 +141,7 @@ class ConditionalUNet(nn.Module):
         x = self.mid_block(x, embedding, train, (context,))
         for up_block in self.up_blocks:
             split = len(skips) - cfg.layers_per_block - 1
-            x = up_block(x, skips[split:], embedding, train, (context,))
+            _, height, width, _ = skips[max(split - 1, 0)].shape
+            x = up_block(x, skips[split:], embedding, train, (context,), (height, width))
             skips = skips[:split]
         return self.conv_out(self.conv_norm_out(x)).astype(jnp.float32)

@@ -81,8 +81,18 @@ class UpBlock(Level):
         embedding: Float[Array, "B E"] | None = None,
         train: bool = False,
         context: tuple = (),
+        size: tuple[int, int] | None = None,
     ) -> Features:
-        """Return the features; `skips` are what the down path pushed for this level, newest last."""
+        """Return the features.
+
+        Args:
+          x: from the level below.
+          skips: what the down path pushed for this level, newest last.
+          embedding: of the timestep.
+          train: apply dropout.
+          context: for the attention.
+          size: height and width of the level above, where they may be odd; None means twice those of this one.
+        """
         for i in range(self.num_layers):
             if skips:
                 x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
@@ -90,5 +100,5 @@ class UpBlock(Level):
             if self.attention:
                 x = self.attention(name=f"attentions_{i}")(x, *context)
         if self.resample:
-            x = self.resample(name="upsamplers_0")(x)
+            x = self.resample(name="upsamplers_0")(x, size)
         return x

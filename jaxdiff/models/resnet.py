@@ -4,6 +4,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from einops import repeat
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -75,13 +76,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbour, then a 3x3 convolution."""
+    """Enlarge by nearest neighbour, then a 3x3 convolution."""
 
     features: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Images) -> Float[Array, "B h w D"]:
-        """Return features of twice the height and width."""
-        x = repeat(x, "b h w c -> b (h two) (w too) c", two=2, too=2)
+    def __call__(self, x: Images, size: tuple[int, int] | None = None) -> Float[Array, "B h w D"]:
+        """Return features of this height and width; None means twice those of `x`."""
+        height, width = x.shape[1:3]
+        if size is None or size == (2 * height, 2 * width):
+            x = repeat(x, "b h w c -> b (h two) (w too) c", two=2, too=2)
+        else:
+            rows, columns = (np.arange(new) * old // new for new, old in zip(size, (height, width)))
+            x = x[:, rows][:, :, columns]
         return Conv(self.features, dtype=self.dtype, name="conv")(x)

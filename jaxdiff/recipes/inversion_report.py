@@ -15,7 +15,6 @@ from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, wr
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
-from jaxdiff.recipes.text_to_image_model import TINY, TINY_NOTE
 from jaxdiff.recipes.text_to_image_report import shrink, strip
 from jaxdiff.textual_inversion_settings import InversionSettings
 
@@ -74,7 +73,7 @@ def write_outputs(
         "Versions": record["versions"],
         "Hashes (SHA-256)": record["hashes"],
     }
-    note = f" {TINY_NOTE}" if parts.drawing.about["model"] == TINY else ""
+    note = f" {parts.drawing.note}".rstrip()
     report = Report(
         "Textual inversion",
         f"New words for a frozen model, from a few pictures each (arXiv 2208.01618).{note}",

@@ -74,7 +74,7 @@ class FlaxUNet2DConditionModel(_DiffusionBase):
 
     def example(self) -> dict[str, Any]:
         """Return the smallest input of the module."""
-        side = self.config.size_divisor
+        side = 2 ** (len(self.config.block_out_channels) - 1)
         return {
             "x_t": jnp.zeros((1, side, side, self.config.in_channels)),
             "t": jnp.zeros(1, jnp.int32),

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 from PIL import Image
 
@@ -36,6 +37,7 @@ from jaxdiff.recipes.stable_diffusion import (
     Params,
     StableDiffusion,
     check_finite_latents,
+    check_finite_pictures,
     choose_attention,
     decode_latents,
     encode_texts,
@@ -77,6 +79,7 @@ class FlaxStableDiffusionPipeline:
       vae: the autoencoder.
       tokenizer: of prompts.
       model: the networks as jaxdiff's own functions take them.
+      attention: which attention was chosen, and why.
       dtype: what the networks compute in.
     """
 
@@ -91,8 +94,10 @@ class FlaxStableDiffusionPipeline:
     ):
         """Use `from_pretrained`; `files` are those of tokenizer and scheduler, which are copied when it is saved."""
         self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
-        self.model, self.dtype = model, unet.dtype
+        self.model, self.attention = choose_attention(model)
+        self.dtype = unet.dtype
         self._files = files
+        self._placed: tuple[Any, Mesh, Params] | None = None
         self._samplers: dict[Any, Any] = {}
         self._encode = jax.jit(lambda params, ids: encode_texts(self.model, params, ids))
         self._decode = jax.jit(lambda params, latents: decode_latents(self.model, params, latents))
@@ -147,7 +152,7 @@ class FlaxStableDiffusionPipeline:
         assert scheduler is not None  # read above
         found = {file: path for file in TOKENIZER_FILES if (path := tokenizer_files(file))}
         files = {"tokenizer": found, "scheduler": {SCHEDULER: scheduler}}
-        return cls(**models, tokenizer=tokenizer, model=choose_attention(model)[0], files=files), params
+        return cls(**models, tokenizer=tokenizer, model=model, files=files), params
 
     def save_pretrained(self, folder: str | Path, params: Params, safe_serialization: bool = True) -> None:
         """Write a folder that diffusers, and `from_pretrained`, open.
@@ -210,15 +215,19 @@ class FlaxStableDiffusionPipeline:
           num_inference_steps: steps of the published scheduler.
           height: in pixels; None means the size that the UNet was trained on.
           width: the same.
-          guidance_scale: strength of classifier-free guidance, the same for all.
+          guidance_scale: strength of classifier-free guidance; an array must hold the same number for all.
           latents: starting noise to use instead, channels second.
           neg_prompt_ids: what to avoid; None means the empty prompt.
           return_dict: return an object with `images` instead of a tuple.
           jit: inputs have a leading axis of devices, as `pmap` wants it. Everything is compiled in any case.
 
         Raises:
-          InputError: a size that does not fit, or latents of another shape or not finite.
+          InputError: a size that does not fit, latents of another shape or not finite, numbers of keys, prompts or
+            guidance scales that do not fit each other, or pictures that are not finite.
         """
+        scales = np.unique(np.asarray(guidance_scale, np.float64))
+        if len(scales) != 1:
+            raise InputError(f"guidance_scale: one number for all pictures is needed, got {scales.tolist()}")
         ids = jnp.asarray(prompt_ids)
         avoided = self.prepare_inputs([""]) if neg_prompt_ids is None else jnp.asarray(neg_prompt_ids)
         keys = [prng_seed]
@@ -226,6 +235,10 @@ class FlaxStableDiffusionPipeline:
             params = jax.tree.map(lambda leaf: leaf[0], params)
             keys, ids = list(prng_seed), ids.reshape(-1, ids.shape[-1])
             avoided = avoided.reshape(-1, avoided.shape[-1])
+        if len(avoided) not in (1, len(ids)):
+            raise InputError(f"neg_prompt_ids: {len(avoided)} texts to avoid for {len(ids)} prompts; give 1 or as many")
+        if len(ids) % len(keys):
+            raise InputError(f"prng_seed: {len(keys)} keys for {len(ids)} prompts; each must serve equally many")
         size = self.model.default_size
         shape = self.model.latent_shape(height or size, width or size)
         share = (len(ids) // len(keys), shape[2], *shape[:2])
@@ -235,9 +248,9 @@ class FlaxStableDiffusionPipeline:
             noise = jnp.asarray(latents, jnp.float32).reshape(-1, *jnp.shape(latents)[-3:])
             if noise.shape != (len(ids), *share[1:]):
                 raise InputError(f"latents: shape {noise.shape}, but these prompts need {(len(ids), *share[1:])}")
-        images = self._draw(
-            params, ids, jnp.asarray(avoided), noise, keys[0], num_inference_steps, float(np.ravel(guidance_scale)[0])
-        )
+            if not np.isfinite(noise).all():
+                raise InputError("latents: not all numbers are finite")
+        images = self._draw(params, ids, jnp.asarray(avoided), noise, keys[0], num_inference_steps, float(scales[0]))
         if jit:
             images = images.reshape(len(keys), -1, *images.shape[1:])
         return FlaxStableDiffusionPipelineOutput(images) if return_dict else (images, None)
@@ -246,11 +259,11 @@ class FlaxStableDiffusionPipeline:
         """Return pictures in [0, 1]; the batch is split over as many devices as it splits over."""
         count = len(ids)
         mesh = make_mesh(max(n for n in range(1, jax.device_count() + 1) if count % n == 0))
-        params = jax.device_put(params, replicated(mesh))
-        process, timesteps = make_process(self.model, None, num_steps)
+        params = self._place(params, mesh)
         setting = num_steps, guidance_scale, mesh
         if setting not in self._samplers:
-            self._samplers[setting] = make_latent_sampler(self.model, process, timesteps, guidance_scale, mesh)
+            process = make_process(self.model, None, num_steps)
+            self._samplers[setting] = make_latent_sampler(self.model, process, guidance_scale, mesh)
         put = batch_split(mesh)
         if jnp.issubdtype(key.dtype, jnp.integer):  # a key of the old kind
             key = jax.random.wrap_key_data(key)
@@ -259,8 +272,21 @@ class FlaxStableDiffusionPipeline:
         context = self._encode(params, jax.device_put(ids, put))
         nothing = self._encode(params, jax.device_put(avoided, replicated(mesh) if len(avoided) == 1 else put))
         sampled = self._samplers[setting](params["unet"], x_T, keys, context, nothing)
-        check_finite_latents(sampled)
-        return np.clip(np.asarray(self._decode(params, sampled.latents)) / 2 + 0.5, 0, 1)
+        check_finite_latents(self.model, sampled)
+        images = np.asarray(self._decode(params, sampled.latents))
+        check_finite_pictures(self.model, images)
+        return np.clip(images / 2 + 0.5, 0, 1)
+
+    def _place(self, params: Params, mesh: Mesh) -> Params:
+        """Return the parameters on all devices; those of the last call are kept there for the next one."""
+        leaves = jax.tree.leaves(params)
+        if self._placed is not None:
+            before, where, placed = self._placed
+            if where == mesh and len(before) == len(leaves) and all(a is b for a, b in zip(before, leaves)):
+                return placed
+        self._placed = None  # first, so that two sets never lie beside each other
+        self._placed = leaves, mesh, jax.device_put(params, replicated(mesh))
+        return self._placed[2]
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:

@@ -20,7 +20,7 @@ from jaxdiff.diffusion.multistep import PNDM, DPMSolverMultistep, UniPC
 from jaxdiff.diffusion.prediction import Prediction, clip_x_0, threshold_x_0, to_prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Sampler, image_keys, sample, starting_noise
 from jaxdiff.diffusion.schedule import NoiseSchedule
-from jaxdiff.diffusion.timesteps import Walk, timestep_spacing, with_final
+from jaxdiff.diffusion.timesteps import Walk, check_reach, timestep_spacing, with_final
 from jaxdiff.io.images import to_uint8
 from jaxdiff.mesh import put_batch, replicated
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
@@ -92,7 +92,10 @@ def reverse_process(settings: SamplingSettings, schedule: NoiseSchedule) -> tupl
         process = DDIM(settings.eta)
     if settings.churn is not None:
         process = replace(process, churn=Churn(settings.churn))  # type: ignore[type-var]
-    return process, with_final(timestep_spacing(settings.spacing, settings.num_steps, schedule))
+    timesteps = timestep_spacing(settings.spacing, settings.num_steps, schedule)
+    if settings.spacing == "leading":
+        check_reach(timesteps, schedule)
+    return process, with_final(timesteps)
 
 
 def make_sampler(
@@ -140,8 +143,11 @@ def in_batches(arrays: Any, batch_size: int, mesh: Mesh) -> Iterator[tuple[Any, 
 
     All parts have `batch_size` images: the last one repeats its last image.
     """
-    total = len(jax.tree.leaves(arrays)[0])
+    for chosen, count in batch_numbers(len(jax.tree.leaves(arrays)[0]), batch_size):
+        yield put_batch(jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], arrays), mesh), count
+
+
+def batch_numbers(total: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, "B"], int]]:
+    """Yield the numbers 0..total-1, `batch_size` at a time, the last one repeated to the end, and how many count."""
     for start in range(0, total, batch_size):
-        chosen = np.arange(start, start + batch_size).clip(max=total - 1)
-        part = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], arrays)
-        yield put_batch(part, mesh), min(batch_size, total - start)
+        yield np.arange(start, start + batch_size).clip(max=total - 1), min(batch_size, total - start)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxdiff.diffusion.guidance import chain_weights, guide
 from jaxdiff.diffusion.prediction import Prediction, to_prediction
 from jaxdiff.diffusion.samplers import DDIM, Sampler, sample
-from jaxdiff.diffusion.timesteps import Walk, timestep_spacing, with_final
+from jaxdiff.diffusion.timesteps import Walk, check_reach, timestep_spacing, with_final
 from jaxdiff.errors import InputError
 from jaxdiff.mesh import batch_split, replicated
 from jaxdiff.models.attention import AttentionKernel, attend, why_not_cudnn
@@ -58,7 +58,7 @@ class StableDiffusion:
     @property
     def size_divisor(self) -> int:
         """Height and width must be multiples of this, in pixels."""
-        return self.unet.config.size_divisor * self.autoencoder.config.size_divisor
+        return self.autoencoder.config.size_divisor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the shape of the latents of one picture, whose size is in pixels.
@@ -70,7 +70,7 @@ class StableDiffusion:
             if pixels < 1 or pixels % self.size_divisor:
                 near = max(1, round(pixels / self.size_divisor)) * self.size_divisor
                 raise InputError(f"{flag} must be a multiple of {self.size_divisor} pixels, got {pixels}: try {near}")
-        factor = self.autoencoder.config.size_divisor
+        factor = self.size_divisor
         return height // factor, width // factor, self.unet.config.in_channels
 
 
@@ -92,29 +92,53 @@ def encode_texts(model: StableDiffusion, params: Params, input_ids: Int[Array, "
     return encoded.last_hidden_state
 
 
+class ReverseProcess(NamedTuple):
+    """How noise becomes latents, text and guidance aside.
+
+    Attributes:
+      sampler: takes the steps.
+      timesteps: that it visits, the end included.
+      noise_std: standard deviation of the noise that it starts from.
+    """
+
+    sampler: Sampler
+    timesteps: Walk
+    noise_std: float
+
+
 def make_process(
     model: StableDiffusion,
     sampler: SamplerName | None,
     num_steps: int,
     spacing: Spacing | None = None,
     eta: float | None = None,
-) -> tuple[Sampler, Walk]:
-    """Return how to sample and which timesteps to visit, the end included; None means as published.
+) -> ReverseProcess:
+    """Return the reverse process, step for step that of diffusers' scheduler; None means as published.
 
     Raises:
       InputError: so many steps do not fit the spacing.
     """
-    defaults = model.defaults
-    process = DDIM(eta) if eta is not None else REVERSE_PROCESSES[sampler or model.sampler]
-    spacing = spacing or defaults.spacing
+    defaults, name = model.defaults, sampler or model.sampler
+    schedule = model.diffusion.make_schedule()
+    step = DDIM(eta) if eta is not None else REVERSE_PROCESSES[name]
+    chosen = spacing or defaults.spacing
     # diffusers moves all leading timesteps of Stable Diffusion up by 1, whatever the file says.
-    offset = 1 if spacing == "leading" else 0
+    offset = 1 if chosen == "leading" else 0
+    of_levels = name in ("euler", "heun") and chosen in ("linspace", "trailing")
+    # diffusers' solvers of several steps make one timestep more, and leave the last one out.
+    left_out = 1 if name in ("dpm++2m", "dpm++2m-sde", "unipc") and chosen in ("leading", "linspace") else 0
     # Only DDIM and PNDM ever end at t = 0 instead of clean data.
-    final = defaults.final if (sampler or model.sampler) in ("ddim", "pndm") else -1
+    final = defaults.final if name in ("ddim", "pndm") else -1
     try:
-        return process, with_final(timestep_spacing(spacing, num_steps, model.diffusion.make_schedule(), offset), final)
+        timesteps = timestep_spacing(chosen, num_steps + left_out, schedule, offset, whole=not of_levels)[:num_steps]
+        if spacing == "leading":
+            check_reach(timesteps, schedule)
+        walk = with_final(timesteps, final)
     except ValueError as error:
-        raise InputError(f"--num-steps {num_steps}: {error}") from error
+        raise InputError(f"--num-steps {num_steps}, {chosen} spacing: {error}") from error
+    # diffusers' samplers of noise levels start from x_T / alpha_T = level eps, not sqrt(level^2 + 1) eps.
+    noise_std = float(schedule.alpha_sigma(jnp.asarray(walk[0]))[1]) if of_levels else 1.0
+    return ReverseProcess(step, walk, noise_std)
 
 
 LatentSampler = Callable[[Any, Latents, ImageKeys, Context, Context], Sampled]
@@ -122,15 +146,14 @@ LatentSampler = Callable[[Any, Latents, ImageKeys, Context, Context], Sampled]
 
 
 def make_latent_sampler(
-    model: StableDiffusion, process: Sampler, timesteps: Walk, guidance_scale: float, mesh: Mesh
+    model: StableDiffusion, process: ReverseProcess, guidance_scale: float, mesh: Mesh
 ) -> LatentSampler:
     """Return the jitted reverse process with classifier-free guidance, one scan over all steps.
 
     Args:
       model: the networks.
-      process: from `make_process`, as `timesteps`.
-      timesteps: where to step.
-      guidance_scale: g = 1 + w of arXiv 2207.12598: 0 avoids the text, 1 follows it, more follows it strongly.
+      process: from `make_process`.
+      guidance_scale: g = 1 + w of arXiv 2207.12598: 0 leaves the text out, 1 follows it, more follows it strongly.
       mesh: devices that share a batch.
     """
     schedule = model.diffusion.make_schedule()
@@ -144,9 +167,10 @@ def make_latent_sampler(
         text, no_text = (project_context(params, texts, model.unet.dtype) for texts in (context, avoided))
         no_text = jax.tree.map(lambda one, each: jnp.broadcast_to(one, each.shape), no_text, text)
         guided = guide(denoise, [(against, no_text), (along, text)])
-        latents, states = sample(guided, x_T, keys, schedule, timesteps, process, trajectory=True)
-        broken = ~jnp.isfinite(states.x_t).all(axis=(1, 2, 3, 4))
-        return Sampled(latents, jnp.where(broken.any(), jnp.argmax(broken), 0))
+        start = process.noise_std * x_T
+        latents, states = sample(guided, start, keys, schedule, process.timesteps, process.sampler, trajectory=True)
+        broken = ~jnp.isfinite(states.x_t[1:]).all(axis=(1, 2, 3, 4))
+        return Sampled(latents, jnp.where(broken.any(), 1 + jnp.argmax(broken), 0))
 
     places: Any = Sampled(batch_split(mesh), replicated(mesh))  # type: ignore[arg-type]
     return jax.jit(run, donate_argnums=1, out_shardings=places)
@@ -177,16 +201,30 @@ def choose_kernel(dtype: DTypeLike, head_dims: tuple[int, ...]) -> tuple[Attenti
         blank = jnp.zeros((2, 256, 8, features), dtype)
         text = jnp.zeros((2, 77, 8, features), dtype)
         try:
-            jax.jit(attend, static_argnums=3)(blank, text, text, "cudnn").block_until_ready()
+            for keys in (blank, text):
+                jax.block_until_ready(jax.jit(jax.grad(_total, argnums=(0, 1, 2)))(blank, keys, keys))
         except Exception as error:  # what cuDNN lacks is told by exceptions of many types
             return "xla", f"cuDNN's failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
     return "cudnn", f"heads of {', '.join(map(str, sorted(set(head_dims))))} features in {np.dtype(dtype).name}"
 
 
-def check_finite_latents(sampled: Sampled) -> None:
-    """Raise InputError, naming the step, unless all numbers are finite."""
-    step = int(sampled.broken_at)
-    if step:
+def _total(query: Array, key: Array, value: Array) -> Array:
+    """Return one number of cuDNN's attention, whose gradient needs its kernels of both directions."""
+    return attend(query, key, value, "cudnn").astype(jnp.float32).sum()
+
+
+def check_finite_latents(model: StableDiffusion, sampled: Sampled) -> None:
+    """Raise InputError, naming the evaluation of the UNet, unless all numbers are finite."""
+    evaluation = int(sampled.broken_at)
+    if evaluation:
+        exact = "" if model.unet.dtype == jnp.float32 else ", or use --dtype float32"
         raise InputError(
-            f"the latents are not finite after step {step}: lower --guidance-scale, or use --dtype float32"
+            f"the latents are not finite after evaluation {evaluation} of the UNet: lower --guidance-scale{exact}"
         )
+
+
+def check_finite_pictures(model: StableDiffusion, images: Float[np.ndarray, "B H W C"]) -> None:
+    """Raise InputError unless all pixels are finite; in half precision the autoencoder can overflow."""
+    if not np.isfinite(images).all():
+        exact = "" if model.autoencoder.dtype == jnp.float32 else ": use --decode-dtype float32"
+        raise InputError(f"the decoded pictures are not finite{exact}")

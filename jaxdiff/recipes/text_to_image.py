@@ -18,20 +18,21 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxdiff.diffusion.samplers import Sampler, starting_noise
-from jaxdiff.diffusion.timesteps import Walk
+from jaxdiff.diffusion.samplers import starting_noise
 from jaxdiff.errors import InputError
-from jaxdiff.io.images import read_image, read_png_texts, to_uint8, write_png
+from jaxdiff.io.images import read_png_texts, to_uint8, write_png
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.tokenizer import CLIPTokenizer
-from jaxdiff.mesh import batch_split, replicated, round_up
+from jaxdiff.mesh import batch_split, put_batch, replicated, round_up
 from jaxdiff.recipes.learned_words import spell_out
-from jaxdiff.recipes.sampling import in_batches
+from jaxdiff.recipes.sampling import batch_numbers, in_batches
 from jaxdiff.recipes.stable_diffusion import (
     Params,
+    ReverseProcess,
     StableDiffusion,
     check_finite_latents,
+    check_finite_pictures,
     decode_latents,
     encode_texts,
     make_latent_sampler,
@@ -68,22 +69,23 @@ class TextToImage:
     Attributes:
       tokenizer: of the model, learned words included.
       learned: those words.
-      process: from `make_process`, as `timesteps`.
+      process: from `make_process`.
       size: height and width in pixels.
       settings: the flags.
       about: all that decides the pixels of a picture, save its prompt and its number.
+      note: what has to be said of its pictures, if anything.
     """
 
     model: StableDiffusion
     params: Params
     tokenizer: CLIPTokenizer
     learned: Learned
-    process: Sampler
-    timesteps: Walk
+    process: ReverseProcess
     size: tuple[int, int]
     settings: PictureSettings
     about: Mapping[str, Any]
     mesh: Mesh
+    note: str = ""
 
     @cached_property
     def _encoder(self):
@@ -92,15 +94,19 @@ class TextToImage:
 
     @cached_property
     def _sampler(self):
-        return make_latent_sampler(self.model, self.process, self.timesteps, self.settings.guidance_scale, self.mesh)
+        return make_latent_sampler(self.model, self.process, self.settings.guidance_scale, self.mesh)
 
     @cached_property
     def _decoder(self):
         decode = lambda params, latents: decode_latents(self.model, params, latents)  # noqa: E731
         return jax.jit(decode, out_shardings=replicated(self.mesh))
 
-    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "N pieces L"]:
-        """Return the token ids of texts, in as many pieces as the longest needs.
+    def pictures_at_once(self, jobs: int) -> int:
+        """Return how many pictures are drawn at once where so many are to be drawn."""
+        return round_up(min(self.settings.batch_size, jobs), self.mesh)
+
+    def tokenize(self, texts: Sequence[str]) -> list[Int[np.ndarray, "pieces L"]]:
+        """Return the token ids of texts, each in as many pieces as it needs.
 
         Raises:
           InputError: a text is too long, and not to be taken in pieces.
@@ -109,20 +115,15 @@ class TextToImage:
         if self.settings.long_prompts:
             return self.tokenizer.in_chunks(texts)
         length = self.tokenizer.context_length
-        return self.tokenizer(texts, length=length, remedy="encode it in pieces by --long-prompts").input_ids[:, None]
+        ids = self.tokenizer(texts, length=length, remedy="encode it in pieces by --long-prompts").input_ids
+        return list(ids[:, None])
 
-    def encode(self, texts: Sequence[str], params: Params | None = None) -> Float[np.ndarray, "N S D"]:
-        """Return the vectors of texts, all of one number of tokens; `params` are others than its own.
-
-        Raises:
-          InputError: as `tokenize`.
-        """
-        ids = self.tokenize(texts)
+    def encode(self, ids: Int[np.ndarray, "N pieces L"], params: Params | None = None) -> Float[np.ndarray, "N S D"]:
+        """Return the vectors of texts; `params` are others than its own."""
         rows = ids.reshape(-1, ids.shape[-1])
-        batch = round_up(min(TEXTS_AT_ONCE, len(rows)), self.mesh)
         encoded = [
             np.asarray(self._encoder(params or self.params, part).astype(jnp.float32))[:count]
-            for part, count in in_batches(rows, batch, self.mesh)
+            for part, count in in_batches(rows, round_up(TEXTS_AT_ONCE, self.mesh), self.mesh)
         ]
         return np.concatenate(encoded).reshape(len(ids), -1, encoded[0].shape[-1])
 
@@ -131,29 +132,52 @@ class TextToImage:
     ) -> Iterator[tuple[Job, UInt8[np.ndarray, "H W 3"]]]:
         """Yield each job with its picture, batch by batch; `params` are others than its own.
 
+        Jobs come in their order, but for prompts of more pieces, which come after those of fewer. A prompt is as many
+        pieces as it, or what is to be avoided, needs; so its pictures do not depend on the other prompts.
+
         Raises:
           InputError: a prompt is too long, the numbers are not finite, or memory does not suffice.
         """
-        *context, avoided = self.encode([*prompts, self.settings.negative], params)
+        *ids, avoided = self.tokenize([*prompts, self.settings.negative])
+        by_pieces: dict[int, list[Job]] = {}
+        for job in jobs:
+            by_pieces.setdefault(max(len(ids[job.prompt]), len(avoided)), []).append(job)
+        for pieces, alike in sorted(by_pieces.items()):
+            texts = {job.prompt: self.tokenizer.fill(ids[job.prompt], pieces) for job in alike}
+            yield from self._draw_alike(alike, texts, self.tokenizer.fill(avoided, pieces), params or self.params)
+
+    def _draw_alike(
+        self,
+        jobs: Sequence[Job],
+        texts: Mapping[int, Int[np.ndarray, "pieces L"]],
+        avoided: Int[np.ndarray, "pieces L"],
+        params: Params,
+    ) -> Iterator[tuple[Job, UInt8[np.ndarray, "H W 3"]]]:
+        """Yield each job with its picture, all texts in equally many pieces."""
         shape = self.model.latent_shape(*self.size)
         base = stream_key(self.settings.seed, Stream.SAMPLES)
         start = jax.jit(lambda numbers: _start(base, numbers, shape), out_shardings=batch_split(self.mesh))
-        numbers = np.array([(job.row, job.number) for job in jobs], np.int32)
-        left = list(jobs)
-        for (pairs, texts), count in in_batches(
-            (numbers, np.stack(context)[[job.prompt for job in jobs]]),
-            round_up(min(self.settings.batch_size, len(jobs)), self.mesh),
-            self.mesh,
-        ):
+        nothing = self.encode(avoided[None], params)
+        context: dict[int, Float[np.ndarray, "S D"]] = {}
+        for chosen, count in batch_numbers(len(jobs), self.pictures_at_once(len(jobs))):
+            part = [jobs[number] for number in chosen]
+            wanted = dict.fromkeys(job.prompt for job in part)
+            if new := [prompt for prompt in wanted if prompt not in context]:
+                context |= zip(new, self.encode(np.stack([texts[prompt] for prompt in new]), params))
+            context = {prompt: context[prompt] for prompt in wanted}
+            numbers = np.array([(job.row, job.number) for job in part], np.int32)
+            pairs, vectors = put_batch((numbers, np.stack([context[job.prompt] for job in part])), self.mesh)
             try:
                 keys, x_T = start(pairs)
-                sampled = self._sampler((params or self.params)["unet"], x_T, keys, texts, avoided[None])
-                check_finite_latents(sampled)
-                pixels = to_uint8(np.asarray(self._decoder(params or self.params, sampled.latents)))
+                sampled = self._sampler(params["unet"], x_T, keys, vectors, nothing)
+                check_finite_latents(self.model, sampled)
+                images = np.asarray(self._decoder(params, sampled.latents))
             except jax.errors.JaxRuntimeError as error:
-                raise out_of_memory(error, self.params, len(pairs)) or error from error
-            yield from zip(left[:count], pixels)
-            left = left[count:]
+                if not str(error).startswith("RESOURCE_EXHAUSTED"):
+                    raise
+                raise InputError(describe_want_of_memory(self.model, params, len(part))) from error
+            check_finite_pictures(self.model, images)
+            yield from zip(part[:count], to_uint8(images))
 
 
 def _start(base: PRNGKey, numbers: Int[Array, "B 2"], shape: tuple[int, int, int]) -> tuple[ImageKeys, Array]:
@@ -176,13 +200,11 @@ class Drawn(NamedTuple):
     """What `draw_missing` ends with.
 
     Attributes:
-      pictures: prompt by prompt.
-      new: how many were drawn now.
+      new: how many pictures were drawn now.
       timed: how many of them were drawn after the first batch, for which everything is compiled.
       seconds: the time that those took.
     """
 
-    pictures: list[UInt8[np.ndarray, "H W 3"]]
     new: int
     timed: int
     seconds: float
@@ -194,26 +216,26 @@ def draw_missing(drawing: TextToImage, prompts: Sequence[str], jobs: Sequence[Jo
     Args:
       drawing: how.
       prompts: the texts.
-      jobs: as many pictures of each text, text by text.
+      jobs: the pictures.
       folder: holds the PNG files.
     """
-    texts = {job: describe(prompts[job.prompt], job.number, drawing.about) for job in jobs}
-    old = {job for job in jobs if read_png_texts(folder / job.file).get(ABOUT) == texts[job][ABOUT]}
-    new = [job for job in jobs if job not in old]
+
+    def texts_of(job: Job) -> dict[str, str]:
+        return describe(prompts[job.prompt], job.number, drawing.about)
+
+    new = [job for job in jobs if read_png_texts(folder / job.file).get(ABOUT) != texts_of(job)[ABOUT]]
+    old = len(jobs) - len(new)
     if old:
-        print(f"{len(old)} of {len(jobs)} pictures are there already")
-    pictures: dict[Job, Any] = {job: read_image(folder / job.file) for job in old}
+        print(f"{old} of {len(jobs)} pictures are there already")
     first, timed = time.perf_counter(), 0
     if new:
-        with progress_bar(len(jobs), "drawing", "image", initial=len(old)) as bar:
-            for number, (job, pixels) in enumerate(drawing.draw(new, prompts)):
-                if number == drawing.settings.batch_size - 1:
-                    first, timed = time.perf_counter(), len(new) - number - 1
-                write_png(folder / job.file, pixels, texts[job])
-                pictures[job] = pixels
+        with progress_bar(len(jobs), "drawing", "image", initial=old) as bar:
+            for number, (job, pixels) in enumerate(drawing.draw(new, prompts), 1):
+                if number == drawing.pictures_at_once(len(new)):
+                    first, timed = time.perf_counter(), len(new) - number
+                write_png(folder / job.file, pixels, texts_of(job))
                 bar.update()
-    seconds = time.perf_counter() - first if timed else 0.0
-    return Drawn([pictures[job] for job in jobs], len(new), timed, seconds)
+    return Drawn(len(new), max(timed, 0), time.perf_counter() - first if timed > 0 else 0.0)
 
 
 def describe(prompt: str, number: int, about: Mapping[str, Any]) -> dict[str, str]:
@@ -225,12 +247,13 @@ def describe(prompt: str, number: int, about: Mapping[str, Any]) -> dict[str, st
     return {"parameters": "\n".join(lines), ABOUT: everything}
 
 
-def out_of_memory(error: Exception, params: Params, batch: int) -> InputError | None:
-    """Return the sentence about an error that was for want of memory, else None."""
-    if not str(error).startswith("RESOURCE_EXHAUSTED"):
-        return None
+def describe_want_of_memory(model: StableDiffusion, params: Params, batch: int) -> str:
+    """Return what to tell where so many pictures at once do not fit into memory."""
     gigabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
-    return InputError(
-        f"out of memory with {batch} pictures at once beside {gigabytes:.1f} GB of weights: lower --batch-size, "
-        "--height or --width, or use --dtype bfloat16; --dry-run prints an estimate"
+    remedies = "--batch-size, --height or --width"
+    if model.unet.dtype == jnp.float32:
+        remedies += ", or use --dtype bfloat16"
+    return (
+        f"out of memory with {batch} pictures at once beside {gigabytes:.1f} GB of weights: lower {remedies}; "
+        "--dry-run prints an estimate"
     )

@@ -1,5 +1,6 @@
 """The Stable Diffusion that the flags name: its networks, its parameters, its learned words, and what it would take."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from jaxdiff.recipes.stable_diffusion import (
 )
 from jaxdiff.recipes.text_to_image import TextToImage
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny, tiny_models
-from jaxdiff.recipes.tiny_world import TINY_WORLD, tiny_world_folder
+from jaxdiff.recipes.tiny_world import TINY_WORLD, tiny_world_folder, tiny_world_models
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
 TINY = "tiny"
@@ -55,9 +56,10 @@ def prepare(
       InputError: files are missing, damaged or another model's, or a setting does not fit the model.
     """
     dtype = default_dtype(settings)
+    note = TINY_NOTE if settings.model == TINY else ""
     if settings.model == TINY:
         pipeline, params = make_tiny(dtype, settings.decode_dtype)
-        print(TINY_NOTE)
+        print(note)
     else:
         name = str(tiny_world_folder(cache_folder(), mesh)) if settings.model == TINY_WORLD else settings.model
         pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
@@ -68,22 +70,19 @@ def prepare(
     more = learn(params, pipeline.tokenizer)
     model, params = add_words(model, params, pipeline.tokenizer, more)
     learned |= more
-    model, chosen = choose_attention(model)
-    print(chosen)
+    print(pipeline.attention)
     size = picture_size(model, pictures)
-    process, timesteps = make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta)
-    sha256 = tree_hash(params)
     return TextToImage(
         model,
         jax.device_put(params, replicated(mesh)),
         pipeline.tokenizer,
         learned,
-        process,
-        timesteps,
+        make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta),
         size,
         pictures,
-        describe_settings(settings, pictures, model, size, sha256),
+        describe_settings(pictures, model, pipeline.tokenizer, size, tree_hash(params)),
         mesh,
+        note,
     )
 
 
@@ -110,14 +109,16 @@ def picture_size(model: StableDiffusion, pictures: PictureSettings) -> tuple[int
 
 
 def describe_settings(
-    settings: LatentModelSettings, pictures: PictureSettings, model: StableDiffusion, size: tuple[int, int], sha256: str
+    pictures: PictureSettings, model: StableDiffusion, tokenizer: CLIPTokenizer, size: tuple[int, int], sha256: str
 ) -> Mapping[str, Any]:
     """Return all that decides the pixels of a picture, save its prompt and its number."""
+    configs = model.text_encoder.config, model.unet.config, model.autoencoder.config, model.diffusion, model.defaults
     return {
-        "model": settings.model,
         "sha256": sha256,
+        "configs": hashlib.sha256(repr(configs).encode()).hexdigest(),
+        "tokenizer": tokenizer.digest,
         "dtype": jnp.dtype(model.unet.dtype).name,
-        "decode_dtype": settings.decode_dtype,
+        "decode_dtype": jnp.dtype(model.autoencoder.dtype).name,
         "negative": pictures.negative,
         "num_steps": pictures.num_steps,
         "guidance_scale": pictures.guidance_scale,
@@ -140,9 +141,10 @@ def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, me
     dtypes = {"text_encoder": dtype, "unet": dtype, "vae": settings.decode_dtype}
     if settings.model == TINY:
         models, model = tiny_models(dtypes)
+    elif settings.model == TINY_WORLD:
+        models, model = tiny_world_models(dtypes)
     else:
-        name = str(tiny_world_folder(cache_folder(), mesh)) if settings.model == TINY_WORLD else settings.model
-        models, model = read_models(name, settings.revision, dtypes)
+        models, model = read_models(settings.model, settings.revision, dtypes)
     model = choose_attention(model)[0]
     params = {
         part: jax.tree.map(
@@ -150,7 +152,7 @@ def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, me
         )
         for part, found in models.items()
     }
-    process, timesteps = make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta)
+    process = make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta)
     shape = model.latent_shape(*picture_size(model, pictures))
     batch = round_up(pictures.batch_size, mesh)
     latents = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
@@ -160,7 +162,7 @@ def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, me
         jax.ShapeDtypeStruct((count, text.max_position_embeddings, text.hidden_size), jnp.float32)
         for count in (batch, 1)
     )
-    sampler: Any = make_latent_sampler(model, process, timesteps, pictures.guidance_scale, mesh)
+    sampler: Any = make_latent_sampler(model, process, pictures.guidance_scale, mesh)
     decoder = jax.jit(lambda params, latents: decode_latents(model, params, latents))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     needs = {

@@ -10,22 +10,22 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from jaxdiff.io.grids import GridStyle, labelled_grid
-from jaxdiff.io.images import write_png
+from jaxdiff.io.images import read_image, write_png
 from jaxdiff.io.report import Figure, Picture, Report, Section, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
-from jaxdiff.recipes.text_to_image import Drawn, TextToImage
-from jaxdiff.recipes.text_to_image_model import TINY, TINY_NOTE
+from jaxdiff.recipes.text_to_image import Drawn, Job, TextToImage
 
 CELL = 256
 """Longer side of a picture in the grids, in pixels."""
 PROMPTS_ON_A_PAGE = 40
-GRID_ROWS = 12
+GRID_ROWS = GRID_COLUMNS = 12
 
 
 def write_outputs(
     out: Path,
     drawing: TextToImage,
     prompts: Sequence[str],
+    jobs: Sequence[Job],
     drawn: Drawn,
     config: Mapping[str, Any],
     started: float,
@@ -36,35 +36,20 @@ def write_outputs(
       out: folder that holds the pictures.
       drawing: how they were made.
       prompts: the texts.
-      drawn: as many pictures of each, prompt by prompt.
+      jobs: as many pictures of each, prompt by prompt.
+      drawn: how that went.
       config: the flags.
       started: `time.perf_counter()` when the command began.
     """
-    pictures = drawn.pictures
-    columns = len(pictures) // len(prompts)
-    small = np.stack([shrink(picture) for picture in pictures])
-    by_prompt = small.reshape(len(prompts), columns, *small.shape[1:])
-    style = GridStyle(cell=max(128, *small.shape[1:3]))
-    names = [str(number) for number in range(columns)]
-    shown = min(GRID_ROWS, len(prompts))
-    grid = labelled_grid(
-        by_prompt[:shown].reshape(-1, *small.shape[1:]),
-        [str(number) for number in range(shown)],
-        names,
-        prompts[0] if len(prompts) == 1 else f"{shown} of {len(prompts)} prompts",
-        row_axis="prompt",
-        column_axis="picture",
-        style=style,
-    )
-    write_png(out / "grid.png", grid)
-    sections = [
-        Section(
-            prompt, [Picture(strip(row), f"Prompt {number}, pictures 0 to {columns - 1}; none left out.", wide=True)]
-        )
-        for number, (prompt, row) in enumerate(zip(prompts[:PROMPTS_ON_A_PAGE], by_prompt))
+    each = len(jobs) // len(prompts)
+    shown = min(each, GRID_COLUMNS)
+    rows = [
+        np.stack([shrink(read_image(out / job.file)) for job in jobs[number * each : number * each + shown]])
+        for number in range(min(len(prompts), PROMPTS_ON_A_PAGE))
     ]
+    write_png(out / "grid.png", make_grid(rows[:GRID_ROWS], prompts))
     figures: Figures = {
-        "pictures": len(pictures),
+        "pictures": len(jobs),
         "new_pictures": drawn.new,
         "seconds": time.perf_counter() - started,
     }
@@ -84,18 +69,39 @@ def write_outputs(
         "Text to image",
         " ".join(filter(None, (
             "Pictures drawn from noise by latent diffusion (arXiv 2112.10752), guided by a text (arXiv 2207.12598).",
-            TINY_NOTE if drawing.about["model"] == TINY else "",
+            drawing.note,
             f"The first {PROMPTS_ON_A_PAGE} prompts; {left_out} more lie in the folder." if left_out > 0 else "",
         ))),
         [
-            Figure(f"{len(pictures):,}", "pictures"),
+            Figure(f"{len(jobs):,}", "pictures"),
             *([Figure(f"{drawn.timed / drawn.seconds:.3g}", "pictures a second, compilation left out")]
               if drawn.timed else []),
         ],
-        sections,
+        [make_section(number, prompts[number], row, each) for number, row in enumerate(rows)],
         {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
     )  # fmt: skip
     return [out, out / "grid.png", results, write_report(out / "report.html", report)]
+
+
+def make_grid(rows: Sequence[UInt8[np.ndarray, "N H W 3"]], prompts: Sequence[str]) -> UInt8[np.ndarray, "h w 3"]:
+    """Draw one row of pictures for each of the first prompts."""
+    title = prompts[0] if len(prompts) == 1 else f"{len(rows)} of {len(prompts)} prompts"
+    return labelled_grid(
+        np.concatenate(rows),
+        [str(number) for number in range(len(rows))],
+        [str(number) for number in range(len(rows[0]))],
+        title,
+        row_axis="prompt",
+        column_axis="picture",
+        style=GridStyle(cell=max(128, *rows[0].shape[1:3])),
+    )
+
+
+def make_section(number: int, prompt: str, pictures: UInt8[np.ndarray, "N H W 3"], each: int) -> Section:
+    """Return what the page shows of one prompt, of which `each` pictures were drawn."""
+    left_out = f"{each - len(pictures):,} more lie in the folder" if each > len(pictures) else "none left out"
+    text = f"Prompt {number}, pictures 0 to {len(pictures) - 1}; {left_out}."
+    return Section(prompt, [Picture(strip(pictures), text, wide=True)])
 
 
 def shrink(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -8,7 +8,7 @@ it asks for it, until one is learned.
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import UInt8
 
 from jaxdiff.io.digit_captions import ANYWHERE, CAPTIONS, CLASS_NAMES, CONTEXT, caption_vocabulary
@@ -24,11 +25,11 @@ from jaxdiff.io.digits import SIZE, embedded_digits
 from jaxdiff.io.images import to_float, write_png
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import write_json
-from jaxdiff.io.tokenizer import CLIPTokenizer, write_tokenizer
+from jaxdiff.io.tokenizer import END, CLIPTokenizer, write_tokenizer
 from jaxdiff.mesh import round_up
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
-from jaxdiff.recipes.contrastive import TRAIN_STEPS, tiny_digits_folder
+from jaxdiff.recipes.contrastive import TRAIN_STEPS, tiny_config, tiny_digits_folder
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from jaxdiff.recipes.pretrained_pipeline import INDEX
@@ -79,6 +80,24 @@ class World(NamedTuple):
 
     model: StableDiffusion
     params: dict[str, Any]
+
+
+def tiny_world_models(dtypes: Mapping[str, DTypeLike]) -> tuple[dict[str, Any], StableDiffusion]:
+    """Return the networks by name, without parameters, and the whole; `dtypes` is what each computes in.
+
+    The autoencoder's scale is only known once it is trained.
+    """
+    vocab, _ = caption_vocabulary()
+    text = tiny_config(len(vocab), vocab[END]).text_config
+    models: dict[str, Any] = {
+        "text_encoder": FlaxCLIPTextModel(text, dtype=dtypes["text_encoder"], _do_init=False),
+        "unet": FlaxUNet2DConditionModel(
+            replace(UNET, cross_attention_dim=text.hidden_size), dtype=dtypes["unet"], _do_init=False
+        ),
+        "vae": FlaxAutoencoderKL(AUTOENCODER, dtype=dtypes["vae"], _do_init=False),
+    }
+    text_encoder, unet, vae = (model.module for model in models.values())
+    return models, StableDiffusion(text_encoder, unet, vae, DIFFUSION, SAMPLING, "ddim")
 
 
 def make_autoencoder_loss(module: Autoencoder) -> LossFn:
