@@ -87,7 +87,7 @@ def run(config: Config) -> list[Path]:
         concepts, training = own_concept(training, mesh)
     parts = prepare_inversion(concepts, config.model, training, mesh)
     out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
-    check_same_data(out, parts.data, "--concept")
+    check_same_data(out, parts.data, "the pictures of --concept, the texts or the weights of the model")
     rows = train(parts, training, out)
     return write_outputs(out, parts, rows, training, as_json(config), started)
 

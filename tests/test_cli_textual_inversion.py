@@ -129,7 +129,9 @@ def test_rows_that_are_not_finite_are_not_kept(folders, tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypatch):
-    assert learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'whole'}").code == 0
+    (tmp_path / "texts").write_text("a photo of {}\na drawing of {}\n")
+    same = (*concepts(folders), *SMALL, f"--templates={tmp_path / 'texts'}")
+    assert learn(*same, f"--out={tmp_path / 'whole'}").code == 0
 
     class StopAtThree:
         """Ask to stop as Ctrl-C in the third step does."""
@@ -149,10 +151,10 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", StopAtThree)
-        stopped = learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'parts'}")
+        stopped = learn(*same, f"--out={tmp_path / 'parts'}")
     assert stopped.code == 130
     assert "stopped and saved at step 3 of 6" in stopped.err
-    going_on = learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'parts'}")
+    going_on = learn(*same, f"--out={tmp_path / 'parts'}")
     assert "going on from step 3 of 6" in going_on.out
     whole, parts = (read_learned(tmp_path / name / "learned_embeds.safetensors") for name in ("whole", "parts"))
     for word, row in whole.items():
@@ -160,15 +162,20 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     told = [[line for line in map(json.loads, one) if "validation_loss" in line] for one in lines]
     assert told[0] == told[1]
-    other = learn(*concepts(folders), *SMALL, "--learning-rate=0.1", f"--out={tmp_path / 'parts'}")
+    other = learn(*same, "--learning-rate=0.1", f"--out={tmp_path / 'parts'}")
     assert other.code == 2
     assert "learning_rate was 0.005, is 0.1" in other.sentence
+    others = "the pictures of --concept, the texts or the weights of the model are not those that this run began with"
     more = folders / "thing" / "more.png"
     Image.new("RGB", (30, 30), "red").save(more)
-    other = learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'parts'}")
+    other = learn(*same, f"--out={tmp_path / 'parts'}")
     more.unlink()
     assert other.code == 2
-    assert "the pictures of --concept are not those that this run began with" in other.sentence
+    assert others in other.sentence
+    (tmp_path / "texts").write_text("a photo of {}\na picture of {}\n")
+    other = learn(*same, f"--out={tmp_path / 'parts'}")
+    assert other.code == 2
+    assert others in other.sentence
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class InversionParts:
       state: at step 0.
       start: the rows at step 0.
       originals: the pictures of each concept.
+      texts: that speak of each concept.
       finish: from averaged rows to those that are kept.
     """
 
@@ -71,6 +72,7 @@ class InversionParts:
     state: TrainState
     start: Learned
     originals: Sequence[UInt8[np.ndarray, "_ H W 3"]]
+    texts: Sequence[list[str]]
     finish: Callable[[Rows], Rows]
 
     @property
@@ -80,9 +82,18 @@ class InversionParts:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the data check of a run's folder keeps: how many pictures each word has, and the hash of them all."""
-        found = dict(zip(self.words, self.originals))
-        return {"pictures": {word: len(pixels) for word, pixels in found.items()}, "sha256": tree_hash(found)}
+        """What the data check of a run's folder keeps: how many pictures and texts each word has, and a hash of all.
+
+        The hash covers the weights too, so that a run cannot go on with others from a folder of the same name.
+        """
+        pictures = dict(zip(self.words, self.originals))
+        texts = {word: np.array(found) for word, found in zip(self.words, self.texts)}
+        weights = np.array(self.drawing.about["sha256"])
+        return {
+            "pictures": {word: len(pixels) for word, pixels in pictures.items()},
+            "texts": {word: len(found) for word, found in texts.items()},
+            "sha256": tree_hash({"pictures": pictures, "texts": texts, "weights": weights}),
+        }
 
     @property
     def prompts(self) -> list[str]:
@@ -161,6 +172,7 @@ def prepare_inversion(
         create_state(rows, optimizer, stream_key(training.seed, Stream.TRAINING), mesh),
         start,
         originals,
+        texts,
         finish,
     )
 

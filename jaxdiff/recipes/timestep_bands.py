@@ -20,7 +20,7 @@ from jaxdiff.recipes.training import image_keys_at
 
 BANDS = 4
 CHECKED_PICTURES = 8
-"""Pictures in each band."""
+"""Pictures in each band, or those of a step, if they are more."""
 
 
 def band_names(num_train_timesteps: int) -> dict[str, tuple[int, int]]:
