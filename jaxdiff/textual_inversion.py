@@ -34,6 +34,8 @@ class Config:
     """Devices that share a batch; None means all."""
     out: Path = Path("runs/textual_inversion")
     """Run folder."""
+    dry_run: bool = False
+    """Only say how much memory it would take; reads no weights and no pictures."""
 
     def __post_init__(self):
         require_at_least("devices", 1 if self.devices is None else self.devices, 1)
@@ -55,30 +57,37 @@ FREE = {
     "sample_images",
     "sample_steps",
     "guidance_scale",
+    "dry_run",
 }
 
 
 def run(config: Config) -> list[Path]:
     """Read model and pictures, learn the words, draw with them, write everything down."""
     from jaxdiff.io.concept_pictures import parse_concept
-    from jaxdiff.io.runs import as_json, check_config, check_writable, open_run
+    from jaxdiff.io.runs import as_json, check_config, check_same_data, check_writable, open_run
     from jaxdiff.mesh import make_mesh, require_divisible
+    from jaxdiff.recipes.inversion_memory import describe_memory
     from jaxdiff.recipes.inversion_report import write_outputs
     from jaxdiff.recipes.inversion_training import own_concept, prepare_inversion, train
 
     started = time.perf_counter()
     mesh = make_mesh(config.devices)
     require_divisible(config.training.batch_size, mesh, "--batch-size", config.training.accumulation_steps)
+    training = config.training
+    if config.dry_run:
+        words = [parse_concept(text).word for text in config.concept] or ["<new1>"]
+        print(describe_memory(words, config.model, training, mesh))
+        return []
     check_writable(config.out)
     if config.resume == "auto":
         check_config(config.out, as_json(config), FREE)
-    training = config.training
     if config.concept:
         concepts = [parse_concept(text) for text in config.concept]
     else:
         concepts, training = own_concept(training, mesh)
     parts = prepare_inversion(concepts, config.model, training, mesh)
     out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
+    check_same_data(out, parts.data, "the pictures of --concept, the texts or the weights of the model")
     rows = train(parts, training, out)
     return write_outputs(out, parts, rows, training, as_json(config), started)
 

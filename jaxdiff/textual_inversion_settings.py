@@ -1,10 +1,11 @@
 """The flags of textual_inversion: what is learned and how; importing them costs no jax."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxdiff.settings import OptimizationSettings, require, require_at_least
+from jaxdiff.settings import OptimizationSettings, as_flag, require, require_at_least
 from jaxdiff.text2image_settings import PictureSettings
 
 
@@ -36,6 +37,13 @@ class InversionSettings(OptimizationSettings):
     """Text file of texts to learn from, one a line, {} for the word; None means the built-in ones."""
     flip: bool = True
     """Learn from the pictures and from their mirror images."""
+    crops: int = 0
+    """Learn from this many random squares of each picture too, of 70 to 100 % of its shorter side."""
+    fixed_norm: bool = False
+    """Learn the direction of each vector alone, with the mean norm of the model's words (arXiv 2512.13672). A step
+    turns a vector by --learning-rate, in radians; the paper's is 0.01."""
+    direction_prior: float | None = None
+    """Pull towards the initialiser's direction; None means the paper's 1e-4. Only with --fixed-norm."""
     loss_weighting: Literal["constant", "min_snr"] = "constant"
     """Weight of a timestep in the loss: none, or min-SNR with gamma 5 (arXiv 2303.09556)."""
     sample_prompts: tuple[str, ...] = ()
@@ -55,7 +63,21 @@ class InversionSettings(OptimizationSettings):
         super().__post_init__()
         for name in ("vectors_per_token", "sample_images", "sample_steps", "size"):
             require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        require_at_least("crops", self.crops, 0)
         require(all(text.strip() for text in self.sample_prompts), "--sample-prompts: one is empty")
+        require(
+            self.direction_prior is None or self.fixed_norm,
+            "--direction-prior has no effect without --fixed-norm: add it, or drop --direction-prior",
+        )
+        require(
+            self.direction_prior is None or 0 <= self.direction_prior < math.inf,
+            f"--direction-prior must be a finite number of at least 0, got {self.direction_prior}",
+        )
+        for name in ("weight_decay", "clip_norm"):
+            require(
+                not self.fixed_norm or getattr(self, name) == getattr(type(self), name),
+                f"{as_flag(name)} has no effect with --fixed-norm, where every gradient is one long: drop it",
+            )
         _ = self.pictures  # refuses what cannot be drawn
 
     @property

@@ -3,7 +3,9 @@
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from commands import run_here
 from PIL import Image
@@ -11,7 +13,9 @@ from sklearn.datasets import load_sample_images
 
 from jaxdiff import text2image, textual_inversion
 from jaxdiff.io.learned_embeddings import read_learned
-from jaxdiff.recipes import loop
+from jaxdiff.recipes import inversion_training, loop, training
+from jaxdiff.recipes.learned_words import TABLE, get_leaf
+from jaxdiff.recipes.tiny_stable_diffusion import make_tiny
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 SMALL = (
@@ -60,10 +64,22 @@ def test_words_are_learned_kept_and_used(folders, tmp_path):
     assert all(results[f"moved.{word}"] > 1e-3 for word in learned)
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    checked = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in checked] == [0, 2, 4, 6]
+    bands = [name for name in checked[0] if name.startswith("loss_t")]
+    assert bands == ["loss_t0_249", "loss_t250_499", "loss_t500_749", "loss_t750_999"]
+    assert (results["first.loss_t0_249"], results["last.loss_t0_249"]) == tuple(
+        checked[i]["loss_t0_249"] for i in (0, -1)
+    )
     assert (tmp_path / "a" / "grids" / "step_0000004.png").exists()
     page = (tmp_path / "a" / "report.html").read_text()
     assert "a style" not in page
     assert re.search(r"What &lt;new2&gt; was learned from", page)
+
+    for number, (word, row) in enumerate(learned.items()):
+        (apart,) = read_learned(tmp_path / "a" / f"learned_embeds_{number}.safetensors").items()
+        assert apart[0] == word
+        np.testing.assert_array_equal(apart[1], row)
 
     words = tmp_path / "a" / "learned_embeds.safetensors"
     for name, flags in (("with", [f"--embeddings={words}"]), ("without", [])):
@@ -73,8 +89,49 @@ def test_words_are_learned_kept_and_used(folders, tmp_path):
     assert np.abs(pictures[0] - pictures[1]).max() > 0
 
 
+def test_directions_are_learned_alone_from_crops_too(folders, tmp_path):
+    flags = ("--fixed-norm", "--direction-prior=0.01", "--crops=2", "--accumulation-steps=2", "--learning-rate=0.1")
+    answer = learn(*concepts(folders), *SMALL, *flags, f"--out={tmp_path}")
+    assert answer.code == 0, answer.err
+    assert "<new1>: 2 pictures, learned as an object" in answer.out
+    learned = read_learned(tmp_path / "learned_embeds.safetensors")
+    table = get_leaf(make_tiny("float32", "float32")[1], TABLE)
+    norm = np.linalg.norm(table, axis=1).mean()
+    results = json.loads((tmp_path / "results.json").read_text())
+    for word, row in learned.items():
+        np.testing.assert_allclose(np.linalg.norm(row, axis=1), norm, rtol=1e-5)
+        assert results[f"moved.{word}"] > 0.01
+
+
+def test_a_dry_run_says_what_learning_would_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = learn(*SMALL, "--concept", "<a>:nowhere:x", "<b>:nowhere:x:style", "--vectors-per-token=2", "--dry-run")
+    assert answer.code == 0, answer.err
+    for name in ("weights", "learning, 4 pictures a step", "encoding, 4 pictures at once", "in all, at the most"):
+        assert re.search(rf"^{name} +\d+\.\d\d GB$", answer.out, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_are_not_finite_are_not_kept(folders, tmp_path, monkeypatch):
+    # The last step alone goes wrong: its loss and gradient are still finite.
+    def make_optimizer(*args):
+        optimizer, learning_rate = training.make_optimizer(*args)
+        late = optax.scale_by_schedule(lambda step: jnp.where(step == 5, jnp.inf, 1.0))
+        return optax.chain(optimizer, late), learning_rate
+
+    monkeypatch.setattr(inversion_training, "make_optimizer", make_optimizer)
+    answer = learn(*concepts(folders), *SMALL, f"--out={tmp_path}")
+    assert answer.code == 2
+    assert re.search(
+        r"diverged at step 6: largest parameter (inf|nan)\. The last good checkpoint is step 4", answer.sentence
+    )
+    assert not list(tmp_path.glob("learned_embeds*"))
+
+
 def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypatch):
-    assert learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'whole'}").code == 0
+    (tmp_path / "texts").write_text("a photo of {}\na drawing of {}\n")
+    same = (*concepts(folders), *SMALL, f"--templates={tmp_path / 'texts'}")
+    assert learn(*same, f"--out={tmp_path / 'whole'}").code == 0
 
     class StopAtThree:
         """Ask to stop as Ctrl-C in the third step does."""
@@ -94,17 +151,31 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", StopAtThree)
-        stopped = learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'parts'}")
+        stopped = learn(*same, f"--out={tmp_path / 'parts'}")
     assert stopped.code == 130
     assert "stopped and saved at step 3 of 6" in stopped.err
-    going_on = learn(*concepts(folders), *SMALL, f"--out={tmp_path / 'parts'}")
+    going_on = learn(*same, f"--out={tmp_path / 'parts'}")
     assert "going on from step 3 of 6" in going_on.out
     whole, parts = (read_learned(tmp_path / name / "learned_embeds.safetensors") for name in ("whole", "parts"))
     for word, row in whole.items():
         np.testing.assert_array_equal(parts[word], row)
-    other = learn(*concepts(folders), *SMALL, "--learning-rate=0.1", f"--out={tmp_path / 'parts'}")
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    told = [[line for line in map(json.loads, one) if "validation_loss" in line] for one in lines]
+    assert told[0] == told[1]
+    other = learn(*same, "--learning-rate=0.1", f"--out={tmp_path / 'parts'}")
     assert other.code == 2
     assert "learning_rate was 0.005, is 0.1" in other.sentence
+    others = "the pictures of --concept, the texts or the weights of the model are not those that this run began with"
+    more = folders / "thing" / "more.png"
+    Image.new("RGB", (30, 30), "red").save(more)
+    other = learn(*same, f"--out={tmp_path / 'parts'}")
+    more.unlink()
+    assert other.code == 2
+    assert others in other.sentence
+    (tmp_path / "texts").write_text("a photo of {}\na picture of {}\n")
+    other = learn(*same, f"--out={tmp_path / 'parts'}")
+    assert other.code == 2
+    assert others in other.sentence
 
 
 @pytest.mark.parametrize(
@@ -115,6 +186,10 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
         (("--concept=<a>:empty:digit",), "holds no picture to learn from"),
         (("--concept=<a>:thing:a digit",), "'a digit' is several tokens"),
         (("--concept=photo</w>:thing:digit",), "photo</w> stands for something already"),
+        (("--concept=photo:thing:digit",), "photo stands for something already"),
+        (("--concept=<a>:thing:digit", "--crops=-1"), "--crops must be at least 0, got -1"),
+        (("--concept=<a>:thing:digit", "--direction-prior=1"), "--direction-prior has no effect without --fixed-norm"),
+        (("--concept=<a>:thing:digit", "--fixed-norm", "--clip-norm=2"), "--clip-norm has no effect with --fixed-norm"),
         (("--concept", "<a>:thing:digit", "<a>:style:digit"), "a word stands for two concepts"),
         (("--concept=<a>:thing:digit", "--size=20"), "must be a multiple of 8 pixels, got 20"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),

@@ -8,26 +8,28 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 from stable_diffusion_twins import SCHEDULER, make_pipeline
 
 from jaxdiff import FlaxStableDiffusionPipeline
+from jaxdiff.diffusion.samplers import starting_noise
 from jaxdiff.errors import InputError
 from jaxdiff.io.concept_pictures import TEMPLATES, parse_concept, read_concept_pictures, texts_of
-from jaxdiff.io.learned_embeddings import write_learned
+from jaxdiff.io.learned_embeddings import write_learned, write_learned_apart
 from jaxdiff.mesh import make_mesh, put_batch
-from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf, spell_out
-from jaxdiff.recipes.stable_diffusion import encode_texts
+from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf
+from jaxdiff.recipes.stable_diffusion import decode_latents, make_latent_sampler
+from jaxdiff.recipes.text_to_image_model import prepare
 from jaxdiff.recipes.textual_inversion import (
     encode_pictures,
     initial_rows,
     make_batches,
     make_inversion_loss,
-    with_rows,
     without_words,
 )
+from jaxdiff.recipes.timestep_bands import band_names, make_check
 from jaxdiff.recipes.training import create_state, fit, image_keys_at, make_train_step
+from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 LEARNING_RATE, BATCH, STEPS = 0.02, 8, 10
@@ -112,12 +114,12 @@ class Twin:
         return torch.nn.functional.mse_loss(self.unet(x_t, t, context).sample, eps)
 
 
-def draws(key, step: int, shape):
+def draws(key, step: int, shape, first: int = 0, end: int = 1000):
     """Return the random numbers of one step, by the streams that the training documents."""
     keys = image_keys_at(key, jnp.int32(step), BATCH)
     split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
     z, eps = (jax.vmap(lambda key: jax.random.normal(key, shape))(split[i]) for i in (0, 2))
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, 1000))(split[1])
+    t = jax.vmap(lambda key: jax.random.randint(key, (), first, end))(split[1])
     return z, t, eps
 
 
@@ -172,21 +174,74 @@ def test_eight_devices_take_the_step_of_one(world):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)
 
 
-def test_saved_words_give_diffusers_the_same_vectors(world, tmp_path):
-    theirs, model, params, rows, _, tokenizer, _ = world
+def test_saved_words_open_in_diffusers_and_draw_the_same_pictures(world, tmp_path):
+    theirs, _, params, rows, *_ = world
     moved = {word: row + 0.1 * np.arange(len(row), dtype=np.float32)[:, None] for word, row in rows.items()}
+    folder = str(theirs.config._name_or_path)
+    fresh = StableDiffusionPipeline.from_pretrained(folder)
+    fresh.set_progress_bar_config(disable=True)
+    for path in write_learned_apart(tmp_path / "learned_embeds.safetensors", moved):
+        fresh.load_textual_inversion(path)
     write_learned(tmp_path / "learned_embeds.safetensors", moved)
-    fresh = StableDiffusionPipeline.from_pretrained(theirs.config._name_or_path)
-    for word, tensor in load_file(tmp_path / "learned_embeds.safetensors").items():
-        fresh.load_textual_inversion({word: tensor})
-    expected = fresh.encode_prompt("a photo of <one> in the style of <two>", "cpu", 1, False)[0].detach().numpy()
-    ids = tokenizer([spell_out("a photo of <one> in the style of <two>", moved)], length=77).input_ids
-    found = encode_texts(
-        model, with_rows(params, {word: jnp.asarray(row) for word, row in moved.items()}), jnp.asarray(ids)
-    )
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    longer = with_rows(params, {word: jnp.asarray(row) for word, row in moved.items()})
-    np.testing.assert_array_equal(get_leaf(without_words(longer, 4), TABLE), get_leaf(params, TABLE))
+    settings = LatentModelSettings(folder, embeddings=(tmp_path / "learned_embeds.safetensors",))
+    drawing = prepare(settings, PictureSettings(num_steps=4, batch_size=1), make_mesh(1))
+    prompt = "a photo of <one> in the style of <two>"
+    expected = fresh.encode_prompt(prompt, "cpu", 1, False)[0].detach().numpy()
+    np.testing.assert_allclose(drawing.encode([prompt]), expected, rtol=0, atol=1e-5)
+
+    x_T = starting_noise(jax.random.key(0)[None], drawing.model.latent_shape(32, 32))
+    latents = torch.from_numpy(np.array(x_T).transpose(0, 3, 1, 2))
+    wanted = fresh(prompt, num_inference_steps=4, latents=latents, output_type="np").images
+    texts = [jnp.asarray(text)[None] for text in drawing.encode([prompt, ""])]
+    sampler = make_latent_sampler(drawing.model, drawing.process, drawing.timesteps, 7.5, drawing.mesh)
+    sampled = sampler(drawing.params["unet"], x_T, jax.random.key(0)[None], *texts)
+    found = decode_latents(drawing.model, drawing.params, sampled.latents)
+    np.testing.assert_allclose(np.clip(np.asarray(found) / 2 + 0.5, 0, 1), wanted, rtol=0, atol=1e-4)
+    assert float(wanted.std()) > 0.05
+
+    np.testing.assert_array_equal(get_leaf(without_words(drawing.params, 4), TABLE), get_leaf(params, TABLE))
+
+
+def test_the_loss_by_timestep_is_the_mean_over_given_timesteps(world):
+    theirs, model, params, rows, batch_at, *_ = world
+    mesh = make_mesh(1)
+    words = {word: jnp.asarray(row) for word, row in rows.items()}
+    check = make_check(model, list(rows), params, batch_at, lambda rows: rows, mesh)
+    found = check(words)
+    bands = band_names(1000)
+    assert list(bands.values()) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    # The same in torch, with the random numbers of each picture's key.
+    twin = Twin(StableDiffusionPipeline.from_pretrained(theirs.config._name_or_path), rows)
+    batch = batch_at(0)
+    for name, (low, high) in bands.items():
+        z, t, eps = draws(jax.random.key(0), 0, batch.mean.shape[1:], low, high)
+        assert ((t >= low) & (t < high)).all()
+        with torch.no_grad():
+            np.testing.assert_allclose(float(found[name]), twin.loss(batch, z, t, eps).item(), rtol=1e-4)
+    np.testing.assert_allclose(found["validation_loss"], np.mean([float(found[name]) for name in bands]), rtol=1e-6)
+    assert {name: float(value) for name, value in check(words).items()} == {n: float(v) for n, v in found.items()}
+    moved = check({word: row[:, ::-1] for word, row in words.items()})
+    assert all(float(moved[name]) != float(found[name]) for name in bands)
+
+
+def test_crops_are_squares_of_the_pictures_that_come_after_them(tmp_path):
+    # Red tells the column, green the row, so that a crop shows where it was cut.
+    side = np.arange(0, 240, dtype=np.uint8)
+    pixels = np.stack([*np.meshgrid(side, side[:200]), np.zeros((200, 240), np.uint8)], axis=-1)
+    for name in "ab":
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    concept = parse_concept(f"<new>:{tmp_path}:cat")
+    whole, views = read_concept_pictures(concept, 50), read_concept_pictures(concept, 50, crops=3, seed=1)
+    assert views.shape == (8, 50, 50, 3)
+    np.testing.assert_array_equal(views[:2], whole)
+    np.testing.assert_array_equal(views, read_concept_pictures(concept, 50, crops=3, seed=1))
+    corners = []
+    for crop in views[2:].astype(int):
+        wide, high = crop[25, -1, 0] - crop[25, 0, 0], crop[-1, 25, 1] - crop[0, 25, 1]
+        assert abs(wide - high) <= 4
+        assert 0.7 * 200 - 8 <= wide <= 200
+        corners.append((crop[0, 0, 0], crop[0, 0, 1], wide))
+    assert len(set(corners)) == 6
 
 
 def test_batches_are_pure_functions_of_the_step(world):

@@ -316,7 +316,7 @@ class Loop:
                 checkpoints,
                 log,
                 learning_rate or self.learning_rate,
-                validation_loss,
+                validation_loss and (lambda params: {"validation_loss": validation_loss(params)}),
                 sample,
             ).run(state)
         finally:

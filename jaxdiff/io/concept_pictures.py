@@ -43,6 +43,8 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
     ),
 }
 """Neutral texts around a learned word, after arXiv 2208.01618, section 3."""
+LEAST_CROP = 0.7
+"""Smallest random crop, as a share of the shorter side."""
 LEAST_SIDE = 8
 """Pixels; smaller pictures show nothing."""
 
@@ -81,8 +83,18 @@ def parse_concept(text: str) -> Concept:
     return Concept(word, Path(folder), initializer.strip(), kind)
 
 
-def read_concept_pictures(concept: Concept, size: int) -> UInt8[np.ndarray, "N size size 3"]:
+def read_concept_pictures(
+    concept: Concept, size: int, crops: int = 0, seed: int = 0
+) -> UInt8[np.ndarray, "N size size 3"]:
     """Return the pictures of a concept, cut to squares and resized; those that cannot be read are left out and named.
+
+    All whole pictures come first, then their crops.
+
+    Args:
+      concept: whose pictures.
+      size: height and width in pixels.
+      crops: random squares of each picture.
+      seed: of the squares.
 
     Raises:
       InputError: no such folder, or no picture that can be read.
@@ -90,12 +102,15 @@ def read_concept_pictures(concept: Concept, size: int) -> UInt8[np.ndarray, "N s
     folder = concept.folder.expanduser()
     if not folder.is_dir():
         raise InputError(f"--concept {concept.word}: {concept.folder}: no such folder")
-    found, faults = [], []
+    found: list[UInt8[np.ndarray, "_ _ 3"]] = []
+    cropped, faults = [], []
     for path in pictures(folder):
         try:
             pixels = read_image(path)
             if min(pixels.shape[:2]) < LEAST_SIDE:
                 raise OSError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, too few to show anything")
+            rng = np.random.default_rng([seed, len(found)])
+            cropped += [resize_image(cut_square(pixels, rng), size) for _ in range(crops)]
             found.append(resize_image(pixels, size))
         except OSError as error:
             faults.append(f"{path.name}: {error}")
@@ -104,7 +119,14 @@ def read_concept_pictures(concept: Concept, size: int) -> UInt8[np.ndarray, "N s
         raise InputError(f"--concept {concept.word}: {concept.folder}: holds no picture to learn from{more}")
     for fault in faults:
         print(f"left out: {fault}")
-    return np.stack(found)
+    return np.stack(found + cropped)
+
+
+def cut_square(pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "side side 3"]:
+    """Return a random square of a picture."""
+    side = max(1, round(rng.uniform(LEAST_CROP, 1) * min(pixels.shape[:2])))
+    top, left = (int(rng.integers(length - side + 1)) for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
 
 
 def texts_of(concepts: Sequence[Concept], templates: Path | None = None) -> list[list[str]]:

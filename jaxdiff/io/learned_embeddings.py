@@ -51,5 +51,13 @@ def read_learned(path: Path) -> Learned:
 
 
 def write_learned(path: Path, learned: Learned) -> None:
-    """Write words as diffusers' `load_textual_inversion` reads them."""
+    """Write words into one file; of such files, diffusers' `load_textual_inversion` reads those of one word."""
     write_safetensors(path, {word: rows[0] if len(rows) == 1 else rows for word, rows in learned.items()})
+
+
+def write_learned_apart(path: Path, learned: Learned) -> list[Path]:
+    """Write each word into a file of its own, named after `path` and its number; return the paths."""
+    paths = [path.with_stem(f"{path.stem}_{number}") for number in range(len(learned))]
+    for file, (word, rows) in zip(paths, learned.items()):
+        write_learned(file, {word: rows})
+    return paths

@@ -18,7 +18,9 @@ RESULTS = "results.json"
 DATA = "data.json"
 Figures = dict[str, float | int]
 """Figures under the plain names that results.json gives them."""
-MADE_BY_SAMPLING = ("samples", "grid_*.png", "reverse_*.png", RESULTS, "report.html")
+MADE_BY_SAMPLING = (
+    "samples", "grid.png", "grid_*.png", "reverse_*.png", "learned_embeds*.safetensors", RESULTS, "report.html"
+)  # fmt: skip
 MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", DATA, "tensorboard", "grids", METRICS, CONFIG)
 """In the order of deletion: the config, which tells a run from any other folder, goes last."""
 
@@ -187,16 +189,21 @@ def check_config(folder: Path, config: Mapping[str, Any], free: Collection[str])
             )
 
 
-def check_same_data(folder: Path, found: Mapping[str, Any]) -> None:
+def check_same_data(folder: Path, found: Mapping[str, Any], what: str = "the pictures of --data") -> None:
     """Write data.json, the data check, or, where a run already has one, check that it goes on with the same pictures.
 
+    Args:
+      folder: of the run.
+      found: what the check found, the "sha256" of it all among it.
+      what: it is that is hashed, and by which flag the user names it.
+
     Raises:
-      InputError: the pictures are others than the run began with.
+      InputError: the run began with something else.
     """
     path = folder / DATA
     if path.exists() and read_json(path).get("sha256") != found["sha256"]:
         raise InputError(
-            f"{folder}: the pictures of --data are not those that this run began with. "
+            f"{folder}: {what} are not those that this run began with. "
             "Choose another --out, or start over with --resume never"
         )
     write_json(path, found)

@@ -1,6 +1,6 @@
 """Training a conditional diffusion model from a data set to a parameter average, with everything around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ def optimizer_of(training: TrainingSettings) -> tuple[optax.GradientTransformati
 
 def fixed_validation_loss(
     loss_fn: LossFn, held_out: Dataset, mesh: Mesh, batch_size: int
-) -> Callable[[Any], jax.Array]:
+) -> Callable[[Any], Mapping[str, jax.Array]]:
     """Return the loss on the same held-out images, timesteps and noise every time, so that steps compare.
 
     Args:
@@ -212,7 +212,7 @@ def fixed_validation_loss(
         for k in range(max(1, VALIDATION_IMAGES // batch_size))
     ]
     part_loss = jax.jit(loss_fn)
-    return lambda params: jnp.mean(jnp.stack([part_loss(params, *part) for part in parts]))
+    return lambda params: {"validation_loss": jnp.mean(jnp.stack([part_loss(params, *part) for part in parts]))}
 
 
 def side_by_side(model: ConditionalModel, images: np.ndarray, step: int) -> np.ndarray:

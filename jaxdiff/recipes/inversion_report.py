@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.io.images import write_png
-from jaxdiff.io.learned_embeddings import Learned, write_learned
+from jaxdiff.io.learned_embeddings import Learned, write_learned, write_learned_apart
 from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, write_report
@@ -33,6 +33,7 @@ def write_outputs(
 ) -> list[Path]:
     """Draw with the learned words, write everything, and return the paths."""
     write_learned(out / WORDS, rows)
+    apart = write_learned_apart(out / WORDS, rows) if len(rows) > 1 else []
     prompts = prompts_of(parts, training)
     pictures = draw_pictures(parts, training, rows)
     write_png(out / "grid.png", make_grid(pictures, prompts, "With the learned words"))
@@ -46,6 +47,10 @@ def write_outputs(
         figures[f"moved.{word}"] = float(np.linalg.norm(row - parts.start[word], axis=1).mean())
     if losses:
         figures |= {"final_loss": losses[-1][1], "images_per_second": float(np.median(rates))}
+    checked = [line for line in lines if "validation_loss" in line]
+    if checked:
+        figures |= {f"{when}.{name}": value for when, line in (("first", checked[0]), ("last", checked[-1]))
+                    for name, value in line.items() if name != "step"}  # fmt: skip
     figures["seconds"] = time.perf_counter() - started
     mesh = parts.drawing.mesh
     device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -64,8 +69,9 @@ def write_outputs(
             ])
             for concept, found in zip(parts.concepts, parts.originals)
         ),
-        Section("Training", training_blocks(losses, rows, figures),
-                "The loss of textual inversion says little: most of it depends on the timesteps drawn."),
+        Section("Training", training_blocks(losses, checked, rows, figures),
+                "The loss of a step says little: most of it depends on the timesteps drawn. That by timestep is taken "
+                "of the same texts, pictures and noise every time."),
     ]  # fmt: skip
     facts = {
         "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
@@ -82,11 +88,13 @@ def write_outputs(
         {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
     )
     grids = [out / "grids"] if (out / "grids").exists() else []
-    return [out / WORDS, out / "grid.png", *grids, results, write_report(out / "report.html", report)]
+    return [out / WORDS, *apart, out / "grid.png", *grids, results, write_report(out / "report.html", report)]
 
 
-def training_blocks(losses: list[tuple[int, float]], rows: Learned, figures: Figures) -> list[Any]:
-    """Return the curve of the loss, and how far the rows moved."""
+def training_blocks(
+    losses: list[tuple[int, float]], checked: list[dict[str, Any]], rows: Learned, figures: Figures
+) -> list[Any]:
+    """Return the curves of the loss, by timestep and of each step, and how far the rows moved."""
     blocks: list[Any] = [
         Table(
             ["word", "vectors", "mean norm", "moved by"],
@@ -100,4 +108,15 @@ def training_blocks(losses: list[tuple[int, float]], rows: Learned, figures: Fig
         smooth = [float(np.mean(values[max(0, i - SMOOTHED + 1) : i + 1])) for i in range(len(values))]
         lines: dict[str, Any] = {"logged": (steps, values), f"mean of {SMOOTHED}": (steps, smooth)}
         blocks.insert(0, Curve(lines, "Loss over training, logarithmic axis.", "step", "loss"))
+    if len(checked) > 1:
+        by_band: dict[str, Any] = {
+            "t {} to {}".format(*name.removeprefix("loss_t").split("_")): (
+                [line["step"] for line in checked],
+                [100 * (line[name] / checked[0][name] - 1) for line in checked],
+            )
+            for name in checked[0]
+            if name.startswith("loss_t")
+        }
+        caption = "Loss of the averaged rows by timestep, from least to most noise, against that of the initialisers."
+        blocks.insert(0, Curve(by_band, caption, "step", "change in %", logarithmic=False, raw_first=False))
     return blocks

@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -32,7 +33,7 @@ class TrainingLoop:
       checkpoints: where states go.
       log: where figures go.
       learning_rate: step -> rate, for the log.
-      validation_loss: EMA parameters -> loss on fixed held-out images, or None.
+      validate: EMA parameters -> figures on fixed images, "validation_loss" among them, or None.
       sample: (step, EMA parameters) -> None, draws pictures along the way, or None.
     """
 
@@ -43,14 +44,14 @@ class TrainingLoop:
     checkpoints: Checkpoints
     log: MetricsLog
     learning_rate: Callable[[int], Any]
-    validation_loss: Callable[[Any], jax.Array] | None
+    validate: Callable[[Any], Mapping[str, jax.Array]] | None
     sample: Callable[[int, Any], None] | None
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step and return the final state, saved.
 
         Raises:
-          InputError: the loss or its gradient is not finite; nothing bad has been saved.
+          InputError: the loss, its gradient or a parameter is not finite; nothing bad has been saved.
           InterruptedRun: Ctrl-C or SIGTERM; the state has been saved.
         """
         start = int(state.step)
@@ -128,11 +129,19 @@ class TrainingLoop:
             )
 
     def _save(self, result: StepResult, validate: bool) -> None:
-        """Save a state whose figures are finite, with its validation loss where one is due."""
+        """Save a state whose numbers are finite, with its validation loss where one is due."""
         self._read(result.step, result.metrics)
+        self._require_finite(result.step, {"largest parameter": float(_largest(result.state.params))})
         loss = None
-        if validate and self.validation_loss is not None:
-            loss = float(self.validation_loss(result.state.ema_params))
-            self._require_finite(result.step, {"validation loss": loss})
-            self.log.write(result.step, {"validation_loss": loss})
+        if validate and self.validate is not None:
+            figures = {name: float(value) for name, value in self.validate(result.state.ema_params).items()}
+            self._require_finite(result.step, {name.replace("_", " "): value for name, value in figures.items()})
+            self.log.write(result.step, figures)
+            loss = figures["validation_loss"]
         self.checkpoints.save(result.step, result.state, loss)
+
+
+@jax.jit
+def _largest(params: Any) -> jax.Array:
+    """Return the largest magnitude of all parameters; one that is not finite comes through."""
+    return jnp.stack([jnp.abs(leaf).max().astype(jnp.float32) for leaf in jax.tree.leaves(params)]).max()

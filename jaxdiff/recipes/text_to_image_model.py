@@ -133,10 +133,13 @@ def describe_settings(
 
 
 def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, mesh: Mesh) -> str:
-    """Return what a device would hold: the weights, and what the compiled programs need beside them.
+    """Return what a device would hold while it draws; only configs are read."""
+    model, params = read_shapes(settings, mesh)
+    return list_memory(params, drawing_programs(model, params, pictures, mesh))
 
-    Only configs are read. The programs are compiled, not run, so the figures are those of this machine and its devices.
-    """
+
+def read_shapes(settings: LatentModelSettings, mesh: Mesh) -> tuple[StableDiffusion, Params]:
+    """Return the model and the shapes of its parameters; only configs are read."""
     dtype = default_dtype(settings)
     dtypes = {"text_encoder": dtype, "unet": dtype, "vae": settings.decode_dtype}
     if settings.model == TINY:
@@ -152,6 +155,13 @@ def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, me
         )
         for part, found in models.items()
     }
+    return model, params
+
+
+def drawing_programs(
+    model: StableDiffusion, params: Params, pictures: PictureSettings, mesh: Mesh
+) -> dict[str, jax.stages.Lowered]:
+    """Return the programs that draw pictures, by what they do; `params` are shapes."""
     process = make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta)
     shape = model.latent_shape(*picture_size(model, pictures))
     batch = round_up(pictures.batch_size, mesh)
@@ -164,15 +174,22 @@ def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, me
     )
     sampler: Any = make_latent_sampler(model, process, pictures.guidance_scale, mesh)
     decoder = jax.jit(lambda params, latents: decode_latents(model, params, latents))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    needs = {
-        "sampling": sampler.lower(params["unet"], latents, keys, context, nothing),
-        "decoding": decoder.lower(params, latents),
+    at_once = f"{batch} pictures at once"
+    return {
+        f"sampling, {at_once}": sampler.lower(params["unet"], latents, keys, context, nothing),
+        f"decoding, {at_once}": decoder.lower(params, latents),
     }
+
+
+def list_memory(params: Params, programs: Mapping[str, jax.stages.Lowered]) -> str:
+    """Return what a device would hold: the weights, and what each program needs beside them.
+
+    The programs are compiled, not run, so the figures are those of this machine and its devices.
+    """
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     found = {"weights": weights}
-    for name, program in needs.items():
-        analysis = program.compile().memory_analysis()
-        extra = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-        found[f"{name}, {batch} pictures at once"] = extra
+    for name, program in programs.items():
+        analysis: Any = program.compile().memory_analysis()
+        found[name] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     found["in all, at the most"] = weights + max(list(found.values())[1:])
     return "\n".join(f"{name:<32} {size / 1e9:8.2f} GB" for name, size in found.items())

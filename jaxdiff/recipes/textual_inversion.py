@@ -85,7 +85,11 @@ def with_rows(params: Params, rows: Rows) -> Params:
 
 
 def make_inversion_loss(
-    model: StableDiffusion, words: Sequence[str], weighting: Weighting = "constant", gamma: float = 5.0
+    model: StableDiffusion,
+    words: Sequence[str],
+    weighting: Weighting = "constant",
+    gamma: float = 5.0,
+    timesteps: tuple[Any, Any] | None = None,
 ) -> LossFn:
     """Return equation (1) as `(rows, batch, keys, frozen parameters) -> mean loss`.
 
@@ -94,8 +98,9 @@ def make_inversion_loss(
       words: in the order in which they were added.
       weighting: of noise levels.
       gamma: clamp of min-SNR weighting.
+      timesteps: the first and the one after the last that are drawn; None means all.
     """
-    loss_fn = make_latent_loss(model, weighting, gamma)
+    loss_fn = make_latent_loss(model, weighting, gamma, timesteps)
 
     def loss_of_rows(rows: Rows, batch: InversionBatch, keys: ImageKeys, frozen: Params) -> jax.Array:
         return loss_fn(with_rows(frozen, {word: rows[word] for word in words}), batch, keys)
@@ -103,9 +108,18 @@ def make_inversion_loss(
     return loss_of_rows
 
 
-def make_latent_loss(model: StableDiffusion, weighting: Weighting = "constant", gamma: float = 5.0) -> LossFn:
-    """Return the loss of latent diffusion (arXiv 2112.10752, equation 3): `(parameters, batch, keys) -> mean loss`."""
+def make_latent_loss(
+    model: StableDiffusion,
+    weighting: Weighting = "constant",
+    gamma: float = 5.0,
+    timesteps: tuple[Any, Any] | None = None,
+) -> LossFn:
+    """Return the loss of latent diffusion (arXiv 2112.10752, equation 3): `(parameters, batch, keys) -> mean loss`.
+
+    Args are those of `make_inversion_loss`.
+    """
     schedule = model.diffusion.make_schedule()
+    first, end = timesteps or (0, schedule.num_train_timesteps)
     scale = model.autoencoder.config.scaling_factor
 
     def loss_fn(params: Params, batch: InversionBatch, keys: ImageKeys) -> jax.Array:
@@ -115,7 +129,7 @@ def make_latent_loss(model: StableDiffusion, weighting: Weighting = "constant", 
             return jax.vmap(lambda key: jax.random.normal(key, batch.mean.shape[1:]))(keys)
 
         x_0 = scale * (batch.mean + jnp.exp(0.5 * batch.log_variance) * normals(key_z))
-        t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_train_timesteps))(key_t)
+        t = jax.vmap(lambda key: jax.random.randint(key, (), first, end))(key_t)
         eps = normals(key_eps)
         alpha_t, sigma_t = schedule.alpha_sigma(t)
         context = encode_texts(model, params, batch.input_ids)
