@@ -21,6 +21,7 @@ BEST = 5
 TEXT_WEIGHT = 2.5
 RESAMPLES = 2000
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+ROWS_AT_ONCE = 1024
 
 Embeds = Float[np.ndarray, "_ F"]
 Scores = Float[np.ndarray, "N"]
@@ -62,7 +63,7 @@ def presence_margins(
 def mean_interval(values: Scores, seed: int) -> Interval:
     """Return the mean with its 95 % percentile bootstrap interval (Efron 1979) over pictures."""
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, (2.5, 97.5))
     return Interval(float(values.mean()), float(low), float(high))
 
@@ -75,19 +76,28 @@ def cmmd(pictures: Embeds, references: Embeds, unbiased: bool = True) -> float:
       references: at least two.
       unbiased: leave out pairs of a picture with itself.
     """
+    return _cmmd(pictures, references, _mean_within(references, unbiased), unbiased)
 
-    def kernel(a: Embeds, b: Embeds) -> Float[np.ndarray, "n m"]:
+
+def _cmmd(pictures: Embeds, references: Embeds, within_references: float, unbiased: bool = True) -> float:
+    between = _kernel_sum(pictures, references) / (len(pictures) * len(references))
+    return CMMD_SCALE * (_mean_within(pictures, unbiased) + within_references - 2 * between)
+
+
+def _mean_within(a: Embeds, unbiased: bool) -> float:
+    """Return the mean of k over pairs of `a`; a picture is at distance 0 of itself."""
+    number, total = len(a), _kernel_sum(a, a)
+    return (total - number) / (number * (number - 1)) if unbiased else total / number**2
+
+
+def _kernel_sum(a: Embeds, b: Embeds) -> float:
+    """Return the sum of k over all pairs, a block of them at a time."""
+    total, b = 0.0, b.astype(np.float64)
+    for start in range(0, len(a), ROWS_AT_ONCE):
         # Of vectors of length 1, |a - b|^2 = 2 - 2 a.b.
-        distance = 2 - 2 * (a.astype(np.float64) @ b.astype(np.float64).T)
-        return np.exp(-distance / (2 * CMMD_SIGMA**2))
-
-    def within(a: Embeds) -> float:
-        values = kernel(a, a)
-        if not unbiased:
-            return float(values.mean())
-        return float((values.sum() - np.trace(values)) / (len(a) * (len(a) - 1)))
-
-    return CMMD_SCALE * (within(pictures) + within(references) - 2 * float(kernel(pictures, references).mean()))
+        distance = 2 - 2 * (a[start : start + ROWS_AT_ONCE].astype(np.float64) @ b.T)
+        total += float(np.exp(-distance / (2 * CMMD_SIGMA**2)).sum())
+    return total
 
 
 def cmmd_interval(pictures: Embeds, references: Embeds, seed: int, resamples: int = 200) -> Interval:
@@ -97,11 +107,13 @@ def cmmd_interval(pictures: Embeds, references: Embeds, seed: int, resamples: in
     without replacement (Politis & Romano 1994) spread as the whole does, scaled by the square root of their share.
     """
     rng = np.random.default_rng(seed)
-    whole, half = cmmd(pictures, references), max(2, len(pictures) // 2)
+    within_references = _mean_within(references, unbiased=True)
+    whole, half = _cmmd(pictures, references, within_references), max(2, len(pictures) // 2)
     if half == len(pictures):
         return Interval(whole, whole, whole)
     drawn = np.array([
-        cmmd(pictures[rng.permutation(len(pictures))[:half]], references) for _ in range(resamples)
+        _cmmd(pictures[rng.permutation(len(pictures))[:half]], references, within_references)
+        for _ in range(resamples)
     ])  # fmt: skip
     # Of a half drawn without replacement: variance (1/half - 1/all); of the whole: 1/all.
     spread = (drawn - drawn.mean()) * np.sqrt(half / (len(pictures) - half))
