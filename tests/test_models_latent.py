@@ -132,6 +132,30 @@ def test_cudnn_is_refused_with_the_reason():
     assert "20" in (why_not_cudnn(jnp.bfloat16, (20,), newest=True) or "")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", [40, 64, 80, 160])
+@pytest.mark.parametrize("keys", [256, 77])
+def test_cudnn_gives_what_xla_gives(features, keys):
+    query, key, value, weight = (
+        jnp.asarray(draw(2, length, 8, features, seed=seed), jnp.bfloat16)
+        for seed, length in enumerate((256, keys, keys, 256))
+    )
+
+    def loss(kernel, *inputs):
+        return jnp.sum((attend(*inputs, kernel) * weight).astype(jnp.float32))
+
+    for function in (attend, lambda *inputs: jax.grad(loss, (1, 2, 3))(inputs[-1], *inputs[:-1])):
+        fused, plain = (jax.jit(function, static_argnums=3)(query, key, value, kernel) for kernel in ("cudnn", "xla"))
+        # Both round to bfloat16, which keeps 8 bits, after sums of some hundred products.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(
+                np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02, atol=0.02
+            ),
+            fused,
+            plain,
+        )
+
+
 @pytest.mark.slow
 def test_the_full_size_networks_are_those_of_diffusers(tmp_path):
     torch.manual_seed(0)
