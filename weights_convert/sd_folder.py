@@ -12,7 +12,15 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.msgpack_files import read_msgpack
 from jaxdiff.io.strict_json import read_strict_json
-from jaxdiff.io.tokenizer import BEGIN, END, read_tokenizer
+from jaxdiff.io.tokenizer import (
+    BEGIN,
+    END,
+    SETTINGS_FILE,
+    SPECIAL_FILE,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    read_tokenizer,
+)
 from jaxdiff.io.torch_layout import modern_name, torch_axes, torch_name
 from jaxdiff.io.weights import LazyTensors, flatten_params, write_safetensors
 from weights_convert.sd_configs import CLASSES, DIFFUSERS_VERSION, Pipeline, read_configs
@@ -41,9 +49,6 @@ DOWNLOADS = tuple(
         {part: names[1] for part, names in OTHER_WEIGHTS.items()},
     )
 )
-VOCABULARY = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json")
-TOKENIZER = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json")
-"""Files of a tokenizer; the fourth may stand for the first three, as transformers 5 writes them."""
 PIPELINES = {9: "StableDiffusionInpaintPipeline", 8: "StableDiffusionInstructPix2PixPipeline"}
 """Classes of pipelines by the channels that their UNet reads: latents, a picture's latents, a mask."""
 PIPELINE = "StableDiffusionPipeline"
@@ -136,9 +141,9 @@ def find_tokenizer(name: str, layout: Layout) -> Files:
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": layout.text_encoder.positions}
     return {
-        **{file: data for file, data in files.items() if file in VOCABULARY},
-        "tokenizer_config.json": to_json({**settings, **special, "add_prefix_space": False}),
-        "special_tokens_map.json": to_json(special),
+        **{file: data for file, data in files.items() if file in VOCABULARY_FILES},
+        SETTINGS_FILE: to_json({**settings, **special, "add_prefix_space": False}),
+        SPECIAL_FILE: to_json(special),
     }
 
 
@@ -150,7 +155,7 @@ def read_files(name: str, fetch: Fetch, layout: Layout) -> Files:
     """
     text = layout.text_encoder
     read_tokenizer(name, fetch, text.positions, text.tokens)
-    files = {file: path.read_bytes() for file in TOKENIZER if (path := fetch(file))}
+    files = {file: path.read_bytes() for file in TOKENIZER_FILES if (path := fetch(file))}
     if {"vocab.json", "merges.txt"} <= files.keys():
         files.pop("tokenizer.json", None)
     return files
@@ -205,7 +210,7 @@ def is_conversion(folder: Path) -> bool:
         INDEX,
         SCHEDULER,
         *(f"{part}/config.json" for part in CLASSES),
-        *(f"tokenizer/{name}" for name in TOKENIZER),
+        *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
     }
     known |= {*parts, *(f"{part}/{name}" for part, name in WEIGHTS.items())}
     try:

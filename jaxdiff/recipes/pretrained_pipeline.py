@@ -27,7 +27,7 @@ from jaxdiff.io.images import to_uint8
 from jaxdiff.io.pretrained_files import read_config
 from jaxdiff.io.runs import write_json
 from jaxdiff.io.strict_json import read_strict_json
-from jaxdiff.io.tokenizer import CLIPTokenizer, read_tokenizer
+from jaxdiff.io.tokenizer import TOKENIZER_FILES, CLIPTokenizer, read_tokenizer
 from jaxdiff.mesh import batch_split, make_mesh, replicated
 from jaxdiff.recipes.diffusers_config import translate_scheduler
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
@@ -53,7 +53,6 @@ CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 """What model_index.json may say that the parts are; the scheduler's class is checked with its config."""
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 
 NETWORKS: dict[str, type[FlaxPreTrainedModel]] = {
