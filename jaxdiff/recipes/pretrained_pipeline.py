@@ -29,7 +29,7 @@ from jaxdiff.io.runs import write_json
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.tokenizer import TOKENIZER_FILES, CLIPTokenizer, read_tokenizer
 from jaxdiff.mesh import batch_split, make_mesh, replicated
-from jaxdiff.recipes.diffusers_config import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from jaxdiff.recipes.pretrained_model import FlaxPreTrainedModel, cast
