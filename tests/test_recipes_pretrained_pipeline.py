@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from clip_vocabulary import vocabulary, write_vocabulary
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -19,13 +20,14 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from stable_diffusion_twins import SCHEDULER, SIDE, make_pipeline
+from stable_diffusion_twins import SCHEDULER, SIDE, make_pipeline, make_standard_pipeline
+from transformers import CLIPTokenizer
 
 from jaxdiff import FlaxStableDiffusionPipeline
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import read_safetensors, write_safetensors
 from jaxdiff.mesh import make_mesh
-from jaxdiff.recipes.diffusers_config import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
 from jaxdiff.recipes.stable_diffusion import encode_texts, make_latent_sampler, make_process
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -207,6 +209,38 @@ def test_saved_files_give_the_same_parameters(folder, loaded, tmp_path, safe):
             found, wanted = (getattr(one, part).state_dict() for one in (theirs, before))
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_saved_configs_say_all_that_was_read(tmp_path):
+    """As diffusers reads them: Stable Diffusion 2 needs both of the switches, and its padding."""
+    changes = {"upcast_attention": True, "sample_size": 12, "dropout": 0.1}
+    twin = make_standard_pipeline(tmp_path, 2, unet=changes, vae={"force_upcast": False, "scaling_factor": 0.2})
+    twin.save_pretrained(tmp_path / "in")
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in")
+    pipeline.save_pretrained(tmp_path / "out", params)
+    before, again = (StableDiffusionPipeline.from_pretrained(tmp_path / place) for place in ("in", "out"))
+    free = {"_name_or_path", "_use_default_values", "_diffusers_version"}
+    for part in ("unet", "vae"):
+        found, expected = ({**getattr(each, part).config} for each in (again, before))
+        assert {**found, **dict.fromkeys(free)} == {**expected, **dict.fromkeys(free)}
+    assert again.tokenizer.pad_token == "!"
+
+
+def test_the_padding_of_stable_diffusion_2_outlives_saving(folder, tmp_path):
+    """The published folder says so in one file alone."""
+    shutil.copytree(folder, tmp_path / "in")
+    (tmp_path / "in" / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    write_vocabulary(tmp_path / "in" / "tokenizer")
+    (tmp_path / "in" / "tokenizer" / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in")
+    pipeline.save_pretrained(tmp_path / "out", params)
+    again, _ = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    expected = CLIPTokenizer.from_pretrained(tmp_path / "in" / "tokenizer")(
+        PROMPTS, padding="max_length", max_length=77
+    )
+    assert expected["input_ids"][0][-1] == vocabulary()["!"]
+    for each in (pipeline, again):
+        np.testing.assert_array_equal(each.prepare_inputs(PROMPTS), expected["input_ids"])
 
 
 def test_an_autoencoder_with_old_names_is_read(folder, loaded, tmp_path):
