@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -18,12 +20,13 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from stable_diffusion_twins import SCHEDULER, SIDE, make_pipeline, make_standard_pipeline
+from stable_diffusion_twins import SCHEDULER, SIDE, make_pipeline, make_standard_pipeline, make_unet
 from transformers import CLIPTokenizer
 
-from jaxdiff import FlaxStableDiffusionPipeline
+from jaxdiff import FlaxStableDiffusionPipeline, FlaxUNet2DConditionModel
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import read_safetensors, write_safetensors
 from jaxdiff.mesh import make_mesh
@@ -256,6 +259,120 @@ def test_an_autoencoder_with_old_names_is_read(folder, loaded, tmp_path):
     write_safetensors(path, tensors, {"format": "pt"})
     _, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "copy")
     jax.tree.map(np.testing.assert_array_equal, params["vae"], loaded[1]["vae"])
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_a_folder_of_variants_alone_is_read_and_said(folder, tmp_path, capsys, variant):
+    twin = StableDiffusionPipeline.from_pretrained(folder).to(torch.float16 if variant == "fp16" else torch.float32)
+    twin.save_pretrained(tmp_path, variant=variant)
+    assert not (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    capsys.readouterr()
+    _, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{tmp_path}/{part}: has no plain weights, so {name}.{variant}.safetensors is read"
+        for part, name in (
+            ("text_encoder", "model"),
+            ("unet", "diffusion_pytorch_model"),
+            ("vae", "diffusion_pytorch_model"),
+        )
+    ]
+    assert params["unet"]["conv_in"]["bias"].dtype == jnp.float32
+    np.testing.assert_array_equal(params["unet"]["conv_in"]["bias"], twin.unet.conv_in.bias.detach().float().numpy())
+    _, asked = FlaxStableDiffusionPipeline.from_pretrained(tmp_path, variant=variant)
+    assert not capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, params, asked)
+
+
+def test_the_plain_file_comes_before_a_variant_unless_that_is_asked_for(folder, loaded, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "in")
+    twin = UNet2DConditionModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        twin.conv_in.bias.add_(1)
+    # In shards, whose index has the word in another place.
+    twin.save_pretrained(tmp_path / "in" / "unet", variant="non_ema", max_shard_size="300kB")
+    assert (tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors.index.non_ema.json").is_file()
+    for options, more in ({}, 0), ({"variant": "non_ema"}, 1):
+        _, params = FlaxUNet2DConditionModel.from_pretrained(tmp_path / "in", subfolder="unet", **options)
+        np.testing.assert_array_equal(params["conv_in"]["bias"], loaded[1]["unet"]["conv_in"]["bias"] + more)
+    assert not capsys.readouterr().out
+    sentence = "holds no weights; looked for diffusion_pytorch_model.fp16.safetensors, "
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/in/unet: {sentence}")):
+        FlaxUNet2DConditionModel.from_pretrained(tmp_path / "in", subfolder="unet", variant="fp16")
+    with pytest.raises(InputError, match=r"variant='\.\./x' is no word"):
+        FlaxUNet2DConditionModel.from_pretrained(tmp_path / "in", subfolder="unet", variant="../x")
+
+
+@pytest.mark.parametrize("name", ["folder", "someone/some-model"])
+def test_options_that_are_not_known_are_refused_by_name(folder, tmp_path, name):
+    place = folder if name == "folder" else name
+    for kind, where in (FlaxStableDiffusionPipeline, place), (FlaxUNet2DConditionModel, place):
+        for option in ("scheduler", "torch_dtype", "use_auth_token"):
+            with pytest.raises(InputError, match=f"{option}= is an option that jaxdiff does not have") as found:
+                kind.from_pretrained(where, **{option: "a secret"})
+            assert "a secret" not in str(found.value)
+    if name == "folder":
+        options = {"cache_dir": tmp_path, "token": False, "local_files_only": True}
+        FlaxUNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
+    with pytest.raises(InputError, match="safety_checker and feature_extractor must be None"):
+        FlaxStableDiffusionPipeline.from_pretrained(place, safety_checker=torch.nn.Identity())
+
+
+def test_numbers_beyond_float16_are_refused_by_name(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "in")
+    path = tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = dict(read_safetensors(path))
+    tensors["conv_in.bias"] = np.full_like(tensors["conv_in.bias"], 70000)
+    write_safetensors(path, tensors, {"format": "pt"})
+    with pytest.raises(InputError, match=r"conv_in\.bias holds numbers too large for float16: use bfloat16 or float32"):
+        FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in", dtype=jnp.float16)
+    _, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in", dtype=jnp.bfloat16)
+    assert params["unet"]["conv_in"]["bias"].dtype == jnp.bfloat16
+    assert params["vae"]["encoder"]["conv_in"]["bias"].dtype == jnp.float32
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from jaxdiff import FlaxUNet2DConditionModel
+from jaxdiff.io.hub import open_model
+from jaxdiff.io.pretrained_files import read_config
+
+def load(folder):
+    fetch = open_model(folder)
+    config = FlaxUNet2DConditionModel.read_config(read_config(folder, fetch))
+    model = FlaxUNet2DConditionModel(config, _do_init=False)
+    model.params_shape_tree
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
+    before = peak()
+    params = model.read_params(folder, fetch, dtype=jnp.bfloat16)
+    return peak() - before
+
+def peak():
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+load(sys.argv[1])  # all that is imported and started once
+print(load(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_narrow_parameters_are_never_wide_in_memory(tmp_path):
+    """Read in a child process, from files that are twice as wide."""
+    make_unet().save_pretrained(tmp_path / "tiny")
+    changes = {"block_out_channels": (128, 256, 384), "layers_per_block": 2}
+    changes |= {"down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D")}
+    changes |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D")}
+    twin = make_unet(**changes)
+    twin.save_pretrained(tmp_path / "large")
+    weights = sum(2 * parameter.numel() for parameter in twin.parameters())
+    words = [str(tmp_path / name) for name in ("tiny", "large")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *words], check=True, capture_output=True, text=True)
+    assert weights > 60e6
+    taken = int(done.stdout) / weights
+    assert 0.9 < taken < 1.3, taken
 
 
 @pytest.mark.parametrize(
