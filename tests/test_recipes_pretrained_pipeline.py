@@ -380,7 +380,13 @@ def test_narrow_parameters_are_never_wide_in_memory(tmp_path):
     [
         (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
         (lambda f: edit(f / "model_index.json", unet=["diffusers", "Other"]), "unet is 'Other'; jaxdiff"),
+        (lambda f: edit(f / "model_index.json", vae=None), "vae is None; jaxdiff only has AutoencoderKL"),
+        (lambda f: edit(f / "model_index.json", _class_name="AltDiffusionPipeline"), "is 'AltDiffusionPipeline'; jax"),
+        (lambda f: edit(f / "model_index.json", controlnet=["diffusers", "X"]), "controlnet is ['diffusers', "),
+        (lambda f: (f / "model_index.json").write_text("{"), "model_index.json: cannot be read"),
         (lambda f: shutil.rmtree(f / "vae"), "vae: "),
+        (lambda f: shutil.rmtree(f / "unet"), "unet: "),
+        (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder: "),
         (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler/scheduler_config.json"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "has no tokenizer"),
         (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="LMSDiscreteScheduler"), "has DD"),

@@ -195,6 +195,15 @@ def as_shards(path, part, tensors):
     path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def as_variant(path, part, tensors):
+    save_file(tensors, path.with_suffix(".fp16.safetensors"))
+
+
+def as_variant_shards(path, part, tensors):
+    as_shards(path, part, tensors)
+    path.with_name(f"{path.name}.index.json").rename(path.with_name(f"{path.name}.index.non_ema.json"))
+
+
 def as_old_names(path, part, tensors):
     """Names of the published folders: attention of the VAE as before diffusers 0.15, text as before transformers 5."""
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
@@ -249,11 +258,12 @@ def replace_text(path, text):
     path.write_text(text)
 
 
-@pytest.mark.parametrize("change", [as_bin, as_shards, as_old_names, as_flax])
+@pytest.mark.parametrize("change", [as_bin, as_shards, as_variant, as_variant_shards, as_old_names, as_flax])
 def test_every_way_of_storing_gives_the_same_bits(tmp_path, first, change):
     shutil.copytree(first / "in", tmp_path / "in")
     change_weights(tmp_path / "in", change)
-    converted(tmp_path / "in", tmp_path / "a.safetensors")
+    answer = converted(tmp_path / "in", tmp_path / "a.safetensors")
+    assert ("has no plain weights, so" in answer.out) == (change in (as_variant, as_variant_shards))
     assert (tmp_path / "a.safetensors").read_bytes() == (first / "a.safetensors").read_bytes()
     converted(tmp_path / "in", tmp_path / "out")
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
@@ -514,6 +524,11 @@ def test_a_single_file_that_does_not_fit_is_refused(tmp_path, first, spoil):
             "model_index.json",
             {"_class_name": "StableDiffusionXLPipeline"},
             "_class_name is 'StableDiffusionXLPipeline'",
+        ),
+        (
+            "model_index.json",
+            {"controlnet": ["diffusers", "X"]},
+            "controlnet is ['diffusers', 'X'], but jaxdiff does not",
         ),
     ],
 )

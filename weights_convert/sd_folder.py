@@ -11,6 +11,7 @@ import numpy as np
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.msgpack_files import read_msgpack
+from jaxdiff.io.pretrained_files import VARIANTS, with_variant
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.tokenizer import (
     BEGIN,
@@ -23,14 +24,15 @@ from jaxdiff.io.tokenizer import (
 )
 from jaxdiff.io.torch_layout import modern_name, torch_axes, torch_name
 from jaxdiff.io.weights import LazyTensors, flatten_params, write_safetensors
+from jaxdiff.recipes.pipeline_folder import INDEX, check_no_more_parts
+from jaxdiff.recipes.pipeline_folder import SCHEDULER as SCHEDULER_CONFIG
 from weights_convert.sd_configs import CLASSES, DIFFUSERS_VERSION, Pipeline, read_configs
 from weights_convert.sd_layout import Layout
 from weights_convert.sd_tables import to_single
 from weights_convert.source import find_weights, read_tensors
 
-INDEX = "model_index.json"
 MARK = "_converted_by"
-SCHEDULER = "scheduler/scheduler_config.json"
+SCHEDULER = f"scheduler/{SCHEDULER_CONFIG}"
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -69,6 +71,7 @@ def read_folder(folder: Path) -> Pipeline:
     name, known = index.get("_class_name"), (PIPELINE, "StableDiffusionImg2ImgPipeline", *PIPELINES.values())
     if str(name).removeprefix("Flax") not in known:
         raise InputError(f"{folder / INDEX}: _class_name is {name!r}; jaxdiff only converts {', '.join(known)}")
+    check_no_more_parts(folder / INDEX, index)
     layout, configs = read_configs(folder)
     scheduler = read_strict_json(folder / SCHEDULER)
     if not isinstance(name := scheduler.get("_class_name"), str):
@@ -76,7 +79,12 @@ def read_folder(folder: Path) -> Pipeline:
     scheduler["_class_name"] = name.removeprefix("Flax")
     networks = {}
     for part, name in WEIGHTS.items():
-        path = find_weights(folder / part, (name, f"{name}.index.json", *OTHER_WEIGHTS[part]))
+        plain = [name, f"{name}.index.json", *OTHER_WEIGHTS[part]]
+        # msgpack files, which come last, have no variants.
+        varied = [with_variant(file, word) for word in VARIANTS for file in plain[:-1]]
+        path = find_weights(folder / part, [*plain, *varied])
+        if path.name in varied:
+            print(f"{folder / part}: has no plain weights, so {path.name} is read")
         tensors = read_msgpack_tensors(path) if path.suffix == ".msgpack" else read_tensors(path)
         networks[part] = to_modern(part, tensors)
         to_single(str(path), configs[part].rows, networks[part])  # which checks names and shapes

@@ -24,7 +24,10 @@ CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 """What model_index.json may say that the parts are; the scheduler's class is checked with its config."""
-
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+"""Classes of pipelines that have these parts and no others, or "Flax" before them."""
+LEFT_ASIDE = ("scheduler", "safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+"""Other keys of model_index.json, but for those that begin with an underscore."""
 
 NETWORKS: dict[str, type[FlaxPreTrainedModel]] = {
     "text_encoder": FlaxCLIPTextModel,
@@ -80,11 +83,23 @@ def check_index(name: str, fetch: Fetch) -> None:
             "becomes one by `python -m weights_convert stable_diffusion FILE DIR`"
         )
     index = read_strict_json(path)
+    pipeline = index.get("_class_name")
+    if str(pipeline).removeprefix("Flax") not in PIPELINES:
+        raise InputError(f"{path}: _class_name is {pipeline!r}; jaxdiff only has {', '.join(PIPELINES)}")
+    check_no_more_parts(path, index)
     for part, known in CLASSES.items():
         entry = index.get(part)
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if kind not in known:
             raise InputError(f"{path}: {part} is {kind!r}; jaxdiff only has {known[0]}")
+
+
+def check_no_more_parts(path: Path, index: Mapping[str, Any]) -> None:
+    """Raise InputError if a model_index.json has keys that no such pipeline has; parts that are null are none."""
+    known = {*CLASSES, *LEFT_ASIDE}
+    for name, value in index.items():
+        if name not in known and not name.startswith("_") and value not in (None, [None, None]):
+            raise InputError(f"{path}: {name} is {value!r}, but jaxdiff does not know this key")
 
 
 def check_fit(name: str, model: StableDiffusion) -> None:
