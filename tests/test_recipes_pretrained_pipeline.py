@@ -214,10 +214,11 @@ def test_saved_files_give_the_same_parameters(folder, loaded, tmp_path, safe):
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_saved_configs_say_all_that_was_read(tmp_path):
-    """As diffusers reads them: Stable Diffusion 2 needs both of the switches, and its padding."""
+def test_stable_diffusion_2_is_that_of_diffusers_and_its_saved_configs_say_all(tmp_path):
+    """It needs both of the switches, and its padding."""
     changes = {"upcast_attention": True, "sample_size": 12, "dropout": 0.1}
     twin = make_standard_pipeline(tmp_path, 2, unet=changes, vae={"force_upcast": False, "scaling_factor": 0.2})
+    twin.scheduler = DDIMScheduler(**LEADING, clip_sample=False, prediction_type="v_prediction")  # as published for 2.1
     twin.save_pretrained(tmp_path / "in")
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in")
     pipeline.save_pretrained(tmp_path / "out", params)
@@ -227,6 +228,12 @@ def test_saved_configs_say_all_that_was_read(tmp_path):
         found, expected = ({**getattr(each, part).config} for each in (again, before))
         assert {**found, **dict.fromkeys(free)} == {**expected, **dict.fromkeys(free)}
     assert again.tokenizer.pad_token == "!"
+    before.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(5).standard_normal((2, 4, 12, 12), np.float32)
+    expected = before(PROMPTS, num_inference_steps=4, latents=torch.from_numpy(latents), output_type="np").images
+    found = pipeline(pipeline.prepare_inputs(PROMPTS), params, jax.random.key(0), 4, latents=latents).images
+    assert float(expected.std()) > 0.01
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_the_padding_of_stable_diffusion_2_outlives_saving(folder, tmp_path):
