@@ -1,6 +1,7 @@
 """Conversions as a user runs them, and a tiny model of diffusers to convert."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,17 +15,17 @@ from weights_convert import __main__
 SIZE = 16
 
 
-def convert(*words: object) -> Answer:
-    """Run the command in this process."""
+def convert(*words: object, kind: str = "ddpm") -> Answer:
+    """Run the command in this process, for a kind of model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["weights_convert", "ddpm", *map(str, words)])
+        patch.setattr(sys, "argv", ["weights_convert", kind, *map(str, words)])
         return run_here(lambda _: __main__.main())
 
 
 def refused(answer: Answer, *parts: str):
     """Check that a conversion was refused in one sentence with these parts."""
     assert answer.code == 2, answer
-    assert answer.err.startswith("python -m weights_convert ddpm: error: ")
+    assert re.match(r"python -m weights_convert (ddpm|stable_diffusion): error: ", answer.err)
     assert answer.err.count("\n") == 1
     for part in parts:
         assert part in answer.err

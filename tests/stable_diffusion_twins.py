@@ -1,9 +1,15 @@
-"""Tiny random Stable Diffusion in torch, built from diffusers' and transformers' own classes."""
+"""Tiny random Stable Diffusion in torch, built from diffusers' and transformers' own classes; and its conversion.
+
+`make_pipeline` is as small as may be. `make_standard_pipeline` keeps to the settings that a single file implies, of
+Stable Diffusion 1 or 2.
+"""
 
 from pathlib import Path
 
+import conversion
 import torch
-from clip_vocabulary import write_vocabulary
+from clip_vocabulary import vocabulary, write_vocabulary
+from commands import Answer
 from conversion import randomize
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -79,3 +85,75 @@ def make_pipeline(folder: Path, scheduler=None, **unet) -> StableDiffusionPipeli
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+STANDARD: dict[str, dict] = {
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 64,
+        "attention_head_dim": 8,
+    },
+    "vae": {
+        "sample_size": 16,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 2,
+    },
+    "text_encoder": {
+        "vocab_size": len(vocabulary()),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    },
+    "scheduler": SCHEDULER,
+}
+PARTS = {
+    "unet": lambda **settings: randomize(UNet2DConditionModel(**settings)),
+    "vae": lambda **settings: randomize(AutoencoderKL(**settings)),
+    "text_encoder": lambda **settings: randomize(CLIPTextModel(CLIPTextConfig(**settings))),
+    "scheduler": PNDMScheduler,
+}
+STANDARD_V2 = {
+    "unet": {
+        "block_out_channels": (64, 128),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (1, 2),
+        "use_linear_projection": True,
+    },
+    "text_encoder": {"hidden_act": "gelu"},
+    "scheduler": {"prediction_type": "v_prediction"},
+}
+
+
+def make_standard_pipeline(folder: Path, version: int = 1, **changes: dict) -> StableDiffusionPipeline:
+    """Make a pipeline whose settings a single file implies; `changes` are settings of its parts."""
+    torch.manual_seed(version)
+    changes = {part: {**(STANDARD_V2.get(part, {}) if version == 2 else {}), **changes.get(part, {})} for part in PARTS}
+    # OpenCLIP pads with token 0.
+    pad = "!" if version == 2 else "<|endoftext|>"
+    tokenizer = CLIPTokenizer.from_pretrained(write_vocabulary(folder / "vocabulary"), pad_token=pad)
+    parts = {part: make(**{**STANDARD[part], **changes[part]}) for part, make in PARTS.items()}
+    return StableDiffusionPipeline(
+        **parts, tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+def convert(*words: object) -> Answer:
+    """Run the conversion in this process."""
+    return conversion.convert(*words, kind="stable_diffusion")
+
+
+def converted(*words: object) -> Answer:
+    """Run the conversion, which must succeed."""
+    answer = convert(*words)
+    assert answer.code == 0, answer
+    return answer

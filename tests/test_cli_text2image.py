@@ -8,13 +8,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import sd_twins
 import torch
 from commands import finish, run_here, start
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from stable_diffusion_twins import make_pipeline
+from stable_diffusion_twins import converted, make_pipeline, make_standard_pipeline
 
 from jaxdiff import text2image
 from jaxdiff.io import hub
@@ -96,9 +95,9 @@ def test_a_picture_depends_on_seed_prompt_and_number_alone(tmp_path):
 
 
 def test_a_single_file_becomes_a_folder_that_draws_the_same(tmp_path):
-    sd_twins.make_pipeline(tmp_path).save_pretrained(tmp_path / "folder")
-    sd_twins.converted(tmp_path / "folder", tmp_path / "single.safetensors")
-    sd_twins.converted(tmp_path / "single.safetensors", tmp_path / "back", "--tokenizer", tmp_path / "vocabulary")
+    make_standard_pipeline(tmp_path).save_pretrained(tmp_path / "folder")
+    converted(tmp_path / "folder", tmp_path / "single.safetensors")
+    converted(tmp_path / "single.safetensors", tmp_path / "back", "--tokenizer", tmp_path / "vocabulary")
     for name in ("folder", "back"):
         answer = draw(*SMALL, "--prompt", "a cat", f"--model={tmp_path / name}", f"--out={tmp_path / name / 'out'}")
         assert answer.code == 0, answer.err

@@ -74,6 +74,65 @@ def test_what_transformers_5_writes_with_new_tokens(tmp_path, folder):
         read(tmp_path)
 
 
+def token(content: str, **more) -> dict:
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    return {"content": content, **flags, **more}
+
+
+def write_published(folder, settings_pad, special_pad, described=None):
+    """Write the four files of stabilityai's and CompVis' folders, as transformers 4 wrote them.
+
+    `described` is a padding token that tokenizer_config.json describes itself, as since transformers 4.34.
+    """
+    write_vocabulary(folder)
+    begin_end = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings = {
+        "add_prefix_space": False,
+        **{name: {"__type": "AddedToken", **token(content)} for name, content in begin_end.items()},
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": 77,
+        "pad_token": settings_pad,
+        "special_tokens_map_file": "./special_tokens_map.json",
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    if described is not None:
+        ids = {"<|startoftext|>", "<|endoftext|>", described}
+        decoder = {str(vocabulary()[name]): token(name, special=True) for name in ids}
+        settings = {**settings, "added_tokens_decoder": decoder}
+    special = {name: token(content) for name, content in begin_end.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": special_pad}))
+
+
+EXCLAMATIONS = ["!", "a photo of a cat!", "WOW!cat", "a !! b ! c", "!cat", "3.14159 = π", ""]
+END = "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("pads", "expected"),
+    [
+        ((END, END), END),  # Stable Diffusion 1
+        ((END, "!"), "!"),  # Stable Diffusion 2
+        ((END, token("!", normalized=False)), "!"),
+        (("!", END), END),
+        (("!", END, "!"), "!"),  # the settings describe their tokens, so the map is not asked
+        ((END, "!", END), END),
+    ],
+)
+def test_the_padding_of_published_folders(tmp_path, pads, expected):
+    write_published(tmp_path, *pads)
+    twin, ours = CLIPTokenizer.from_pretrained(tmp_path), read(tmp_path)
+    assert twin.pad_token == expected
+    assert ours.pad_id == twin.pad_token_id
+    theirs = twin(EXCLAMATIONS, padding="max_length", max_length=12)
+    found = ours(EXCLAMATIONS, length=12)
+    np.testing.assert_array_equal(found.input_ids, theirs["input_ids"])
+    np.testing.assert_array_equal(found.attention_mask, theirs["attention_mask"])
+    # In a prompt, too, it is the padding.
+    assert (ours.pad_id in ours(["WOW!cat"]).input_ids[0, 1:-1]) == (expected == "!")
+
+
 def test_added_tokens_of_older_versions_and_another_padding(tmp_path):
     write_vocabulary(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<new2>": SIZE + 1, "<new1>": SIZE}))
@@ -94,6 +153,8 @@ def test_added_tokens_of_older_versions_and_another_padding(tmp_path):
         ({"merges.txt": "qq zz\n"}, "vocabulary and merges do not fit each other"),
         ({"tokenizer_config.json": '{"pad_token": "<pad>"}'}, "the vocabulary has no padding token '<pad>'"),
         ({"tokenizer_config.json": '{"pad_token": [1]}'}, r"pad_token is \[1\], not a token"),
+        ({"special_tokens_map.json": '{"pad_token": 3}'}, r"special_tokens_map.json: pad_token is 3, not a token"),
+        ({"special_tokens_map.json": "[]"}, r"special_tokens_map.json: cannot be read"),
         ({"merges.txt": None, "tokenizer.json": '{"model": {"type": "Unigram"}}'}, "not a CLIP tokenizer"),
         ({"merges.txt": None, "tokenizer.json": "{}"}, "not a tokenizer of the `tokenizers` library"),
     ],

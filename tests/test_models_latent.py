@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from stable_diffusion_twins import SIDE, make_autoencoder, make_unet
 
 from jaxdiff import FlaxAutoencoderKL, FlaxUNet2DConditionModel
@@ -123,6 +124,25 @@ def test_slices_of_the_queries_change_nothing(monkeypatch, length):
         in_slices,
         jax.grad(loss, (0, 1, 2))(query, key, value),
     )
+
+
+@pytest.mark.parametrize("slice_bytes", [2**22, 4 * 33 * 11])
+def test_scores_of_narrow_numbers_are_those_that_diffusers_upcasts(monkeypatch, slice_bytes):
+    """Of scores in the hundreds, bfloat16 has no digit behind the point."""
+    spreads = {"query": 24, "key": 24, "value": 1}
+    inputs = [torch.from_numpy(spread * draw(2, 33, 4, 24, seed=seed)) for seed, spread in enumerate(spreads.values())]
+    query, key, value = (tensor.bfloat16().permute(0, 2, 1, 3).flatten(0, 1) for tensor in inputs)
+
+    def theirs(upcast: bool) -> np.ndarray:
+        twin = Attention(96, heads=4, dim_head=24, upcast_attention=upcast, upcast_softmax=True)
+        weights = twin.get_attention_scores(query, key)
+        return torch.bmm(weights.float(), value.float()).unflatten(0, (2, 4)).permute(0, 2, 1, 3).numpy()
+
+    assert np.abs(theirs(False) - theirs(True)).max() > 0.1
+    monkeypatch.setattr(attention, "SLICE_BYTES", slice_bytes)
+    found = attend(*(jnp.asarray(tensor.numpy(), jnp.bfloat16) for tensor in inputs))
+    # Weights and results have 8 bits.
+    np.testing.assert_allclose(found.astype(jnp.float32), theirs(True), rtol=0, atol=0.02)
 
 
 def test_cudnn_is_refused_with_the_reason():

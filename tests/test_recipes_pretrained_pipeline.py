@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from clip_vocabulary import vocabulary, write_vocabulary
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -17,15 +20,17 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from stable_diffusion_twins import SCHEDULER, SIDE, make_pipeline
+from stable_diffusion_twins import SCHEDULER, SIDE, make_pipeline, make_standard_pipeline, make_unet
+from transformers import CLIPTokenizer
 
-from jaxdiff import FlaxStableDiffusionPipeline
+from jaxdiff import FlaxStableDiffusionPipeline, FlaxUNet2DConditionModel
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import read_safetensors, write_safetensors
 from jaxdiff.mesh import make_mesh
-from jaxdiff.recipes.diffusers_config import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
 from jaxdiff.recipes.stable_diffusion import encode_texts, make_latent_sampler, make_process
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -222,6 +227,45 @@ def test_saved_files_give_the_same_parameters(folder, loaded, tmp_path, safe):
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_stable_diffusion_2_is_that_of_diffusers_and_its_saved_configs_say_all(tmp_path):
+    """It needs both of the switches, and its padding."""
+    changes = {"upcast_attention": True, "sample_size": 12, "dropout": 0.1}
+    twin = make_standard_pipeline(tmp_path, 2, unet=changes, vae={"force_upcast": False, "scaling_factor": 0.2})
+    twin.scheduler = DDIMScheduler(**LEADING, clip_sample=False, prediction_type="v_prediction")  # as published for 2.1
+    twin.save_pretrained(tmp_path / "in")
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in")
+    pipeline.save_pretrained(tmp_path / "out", params)
+    before, again = (StableDiffusionPipeline.from_pretrained(tmp_path / place) for place in ("in", "out"))
+    free = {"_name_or_path", "_use_default_values", "_diffusers_version"}
+    for part in ("unet", "vae"):
+        found, expected = ({**getattr(each, part).config} for each in (again, before))
+        assert {**found, **dict.fromkeys(free)} == {**expected, **dict.fromkeys(free)}
+    assert again.tokenizer.pad_token == "!"
+    before.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(5).standard_normal((2, 4, 12, 12), np.float32)
+    expected = before(PROMPTS, num_inference_steps=4, latents=torch.from_numpy(latents), output_type="np").images
+    found = pipeline(pipeline.prepare_inputs(PROMPTS), params, jax.random.key(0), 4, latents=latents).images
+    assert float(expected.std()) > 0.01
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_padding_of_stable_diffusion_2_outlives_saving(folder, tmp_path):
+    """The published folder says so in one file alone."""
+    shutil.copytree(folder, tmp_path / "in")
+    (tmp_path / "in" / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    write_vocabulary(tmp_path / "in" / "tokenizer")
+    (tmp_path / "in" / "tokenizer" / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in")
+    pipeline.save_pretrained(tmp_path / "out", params)
+    again, _ = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    expected = CLIPTokenizer.from_pretrained(tmp_path / "in" / "tokenizer")(
+        PROMPTS, padding="max_length", max_length=77
+    )
+    assert expected["input_ids"][0][-1] == vocabulary()["!"]
+    for each in (pipeline, again):
+        np.testing.assert_array_equal(each.prepare_inputs(PROMPTS), expected["input_ids"])
+
+
 def test_an_autoencoder_with_old_names_is_read(folder, loaded, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     path = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
@@ -237,12 +281,132 @@ def test_an_autoencoder_with_old_names_is_read(folder, loaded, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params["vae"], loaded[1]["vae"])
 
 
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_a_folder_of_variants_alone_is_read_and_said(folder, tmp_path, capsys, variant):
+    twin = StableDiffusionPipeline.from_pretrained(folder).to(torch.float16 if variant == "fp16" else torch.float32)
+    twin.save_pretrained(tmp_path, variant=variant)
+    assert not (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    capsys.readouterr()
+    _, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{tmp_path}/{part}: has no plain weights, so {name}.{variant}.safetensors is read"
+        for part, name in (
+            ("text_encoder", "model"),
+            ("unet", "diffusion_pytorch_model"),
+            ("vae", "diffusion_pytorch_model"),
+        )
+    ]
+    assert params["unet"]["conv_in"]["bias"].dtype == jnp.float32
+    np.testing.assert_array_equal(params["unet"]["conv_in"]["bias"], twin.unet.conv_in.bias.detach().float().numpy())
+    _, asked = FlaxStableDiffusionPipeline.from_pretrained(tmp_path, variant=variant)
+    assert not capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, params, asked)
+
+
+def test_the_plain_file_comes_before_a_variant_unless_that_is_asked_for(folder, loaded, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "in")
+    twin = UNet2DConditionModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        twin.conv_in.bias.add_(1)
+    # In shards, whose index has the word in another place.
+    twin.save_pretrained(tmp_path / "in" / "unet", variant="non_ema", max_shard_size="300kB")
+    assert (tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors.index.non_ema.json").is_file()
+    for options, more in ({}, 0), ({"variant": "non_ema"}, 1):
+        _, params = FlaxUNet2DConditionModel.from_pretrained(tmp_path / "in", subfolder="unet", **options)
+        np.testing.assert_array_equal(params["conv_in"]["bias"], loaded[1]["unet"]["conv_in"]["bias"] + more)
+    assert not capsys.readouterr().out
+    sentence = "holds no weights; looked for diffusion_pytorch_model.fp16.safetensors, "
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/in/unet: {sentence}")):
+        FlaxUNet2DConditionModel.from_pretrained(tmp_path / "in", subfolder="unet", variant="fp16")
+    with pytest.raises(InputError, match=r"variant='\.\./x' is no word"):
+        FlaxUNet2DConditionModel.from_pretrained(tmp_path / "in", subfolder="unet", variant="../x")
+
+
+@pytest.mark.parametrize("name", ["folder", "someone/some-model"])
+def test_options_that_are_not_known_are_refused_by_name(folder, tmp_path, name):
+    place = folder if name == "folder" else name
+    for kind, where in (FlaxStableDiffusionPipeline, place), (FlaxUNet2DConditionModel, place):
+        for option in ("scheduler", "torch_dtype", "use_auth_token"):
+            with pytest.raises(InputError, match=f"{option}= is an option that jaxdiff does not have") as found:
+                kind.from_pretrained(where, **{option: "a secret"})
+            assert "a secret" not in str(found.value)
+    if name == "folder":
+        options = {"cache_dir": tmp_path, "token": False, "local_files_only": True}
+        FlaxUNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
+    with pytest.raises(InputError, match="safety_checker and feature_extractor must be None"):
+        FlaxStableDiffusionPipeline.from_pretrained(place, safety_checker=torch.nn.Identity())
+
+
+def test_numbers_beyond_float16_are_refused_by_name(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "in")
+    path = tmp_path / "in" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = dict(read_safetensors(path))
+    tensors["conv_in.bias"] = np.full_like(tensors["conv_in.bias"], 70000)
+    write_safetensors(path, tensors, {"format": "pt"})
+    with pytest.raises(InputError, match=r"conv_in\.bias holds numbers too large for float16: use bfloat16 or float32"):
+        FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in", dtype=jnp.float16)
+    _, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "in", dtype=jnp.bfloat16)
+    assert params["unet"]["conv_in"]["bias"].dtype == jnp.bfloat16
+    assert params["vae"]["encoder"]["conv_in"]["bias"].dtype == jnp.float32
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from jaxdiff import FlaxUNet2DConditionModel
+from jaxdiff.io.hub import open_model
+from jaxdiff.io.pretrained_files import read_config
+
+def load(folder):
+    fetch = open_model(folder)
+    config = FlaxUNet2DConditionModel.read_config(read_config(folder, fetch))
+    model = FlaxUNet2DConditionModel(config, _do_init=False)
+    model.params_shape_tree
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
+    before = peak()
+    params = model.read_params(folder, fetch, dtype=jnp.bfloat16)
+    return peak() - before
+
+def peak():
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+load(sys.argv[1])  # all that is imported and started once
+print(load(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_narrow_parameters_are_never_wide_in_memory(tmp_path):
+    """Read in a child process, from files that are twice as wide."""
+    make_unet().save_pretrained(tmp_path / "tiny")
+    changes = {"block_out_channels": (128, 256, 384), "layers_per_block": 2}
+    changes |= {"down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D")}
+    changes |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D")}
+    twin = make_unet(**changes)
+    twin.save_pretrained(tmp_path / "large")
+    weights = sum(2 * parameter.numel() for parameter in twin.parameters())
+    words = [str(tmp_path / name) for name in ("tiny", "large")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *words], check=True, capture_output=True, text=True)
+    assert weights > 60e6
+    taken = int(done.stdout) / weights
+    assert 0.9 < taken < 1.3, taken
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
         (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
         (lambda f: edit(f / "model_index.json", unet=["diffusers", "Other"]), "unet is 'Other'; jaxdiff"),
+        (lambda f: edit(f / "model_index.json", vae=None), "vae is None; jaxdiff only has AutoencoderKL"),
+        (lambda f: edit(f / "model_index.json", _class_name="AltDiffusionPipeline"), "is 'AltDiffusionPipeline'; jax"),
+        (lambda f: edit(f / "model_index.json", controlnet=["diffusers", "X"]), "controlnet is ['diffusers', "),
+        (lambda f: (f / "model_index.json").write_text("{"), "model_index.json: cannot be read"),
         (lambda f: shutil.rmtree(f / "vae"), "vae: "),
+        (lambda f: shutil.rmtree(f / "unet"), "unet: "),
+        (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder: "),
         (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler/scheduler_config.json"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "has no tokenizer"),
         (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="LMSDiscreteScheduler"), "has DD"),

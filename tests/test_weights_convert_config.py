@@ -20,7 +20,7 @@ from diffusers import (
 )
 
 from jaxdiff.errors import InputError
-from jaxdiff.recipes.diffusers_config import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
 from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults, unet_shapes
 from weights_convert.diffusers_config import translate_unet
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from clip_vocabulary import vocabulary
-from conversion import change_json
+from conversion import change_json, refused
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders import single_file_utils as theirs
 from flax.serialization import msgpack_serialize
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from sd_twins import convert, converted, make_pipeline, refused
+from stable_diffusion_twins import convert, converted, make_standard_pipeline
 
 from jaxdiff.io.weights import write_safetensors
 from weights_convert.sd_layout import TextLayout, UNetLayout, VAELayout
@@ -35,7 +35,7 @@ WEIGHTS = {
 def made(request, tmp_path_factory):
     """A pipeline of each version, its folder, a single file made of that, and a folder of that; none may be changed."""
     folder = tmp_path_factory.mktemp("made")
-    pipeline = make_pipeline(folder, request.param)
+    pipeline = make_standard_pipeline(folder, request.param)
     pipeline.save_pretrained(folder / "in")
     converted(folder / "in", folder / "single.safetensors")
     converted(folder / "single.safetensors", folder / "out", "--tokenizer", folder / "vocabulary")
@@ -168,7 +168,7 @@ def test_the_prediction_type_and_the_size_travel_with_the_file(made, tmp_path):
 def first(tmp_path_factory):
     """The folder and the single file of a pipeline of version 1, which no test may change."""
     folder = tmp_path_factory.mktemp("first")
-    make_pipeline(folder).save_pretrained(folder / "in")
+    make_standard_pipeline(folder).save_pretrained(folder / "in")
     converted(folder / "in", folder / "a.safetensors")
     return folder
 
@@ -193,6 +193,15 @@ def as_shards(path, part, tensors):
     for file in set(weight_map.values()):
         save_file({name: tensors[name] for name in names if weight_map[name] == file}, path.with_name(file))
     path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_variant(path, part, tensors):
+    save_file(tensors, path.with_suffix(".fp16.safetensors"))
+
+
+def as_variant_shards(path, part, tensors):
+    as_shards(path, part, tensors)
+    path.with_name(f"{path.name}.index.json").rename(path.with_name(f"{path.name}.index.non_ema.json"))
 
 
 def as_old_names(path, part, tensors):
@@ -249,11 +258,12 @@ def replace_text(path, text):
     path.write_text(text)
 
 
-@pytest.mark.parametrize("change", [as_bin, as_shards, as_old_names, as_flax])
+@pytest.mark.parametrize("change", [as_bin, as_shards, as_variant, as_variant_shards, as_old_names, as_flax])
 def test_every_way_of_storing_gives_the_same_bits(tmp_path, first, change):
     shutil.copytree(first / "in", tmp_path / "in")
     change_weights(tmp_path / "in", change)
-    converted(tmp_path / "in", tmp_path / "a.safetensors")
+    answer = converted(tmp_path / "in", tmp_path / "a.safetensors")
+    assert ("has no plain weights, so" in answer.out) == (change in (as_variant, as_variant_shards))
     assert (tmp_path / "a.safetensors").read_bytes() == (first / "a.safetensors").read_bytes()
     converted(tmp_path / "in", tmp_path / "out")
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
@@ -331,7 +341,7 @@ def test_code_in_a_checkpoint_is_refused_by_name_and_not_run(tmp_path, first):
 
 
 def test_the_whole_openclip_model_gives_what_is_used_of_it(tmp_path):
-    make_pipeline(tmp_path, 2).save_pretrained(tmp_path / "in")
+    make_standard_pipeline(tmp_path, 2).save_pretrained(tmp_path / "in")
     converted(tmp_path / "in", tmp_path / "a.safetensors")
     single, prefix = load_file(tmp_path / "a.safetensors"), "cond_stage_model.model."
     last = f"{prefix}transformer.resblocks.1."
@@ -345,7 +355,7 @@ def test_the_whole_openclip_model_gives_what_is_used_of_it(tmp_path):
 
 
 def test_inpainting_says_so(tmp_path, first):
-    pipeline = make_pipeline(tmp_path, unet={"in_channels": 9})
+    pipeline = make_standard_pipeline(tmp_path, unet={"in_channels": 9})
     pipeline.save_pretrained(tmp_path / "in")
     converted(tmp_path / "in", tmp_path / "a.safetensors")
     converted(tmp_path / "a.safetensors", tmp_path / "out", "--tokenizer", first / "vocabulary")
@@ -514,6 +524,11 @@ def test_a_single_file_that_does_not_fit_is_refused(tmp_path, first, spoil):
             "model_index.json",
             {"_class_name": "StableDiffusionXLPipeline"},
             "_class_name is 'StableDiffusionXLPipeline'",
+        ),
+        (
+            "model_index.json",
+            {"controlnet": ["diffusers", "X"]},
+            "controlnet is ['diffusers', 'X'], but jaxdiff does not",
         ),
     ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import flatten_params, spec_of, unflatten_params
 from jaxdiff.models.unet import PRETRAINED, UNetConfig
-from jaxdiff.recipes.diffusers_config import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
 from jaxdiff.recipes.pretrained_unet import (
     CONFIG,
     FORMAT,

@@ -12,7 +12,8 @@ from typing import Any
 from jaxdiff.errors import InputError
 from jaxdiff.io.strict_json import decode, read_strict_json
 from jaxdiff.io.weights import LazyTensors
-from jaxdiff.recipes.diffusers_config import AUTOENCODER, AUTOENCODER_FIXED, LATENT_UNET, LATENT_UNET_FIXED
+from jaxdiff.recipes.diffusers_autoencoder import AUTOENCODER, AUTOENCODER_FIXED
+from jaxdiff.recipes.diffusers_latent_unet import LATENT_UNET, LATENT_UNET_FIXED
 from weights_convert.sd_layout import Layout, TextLayout, UNetLayout, VAELayout
 from weights_convert.sd_tables import Row, text_rows, unet_rows, vae_rows
 

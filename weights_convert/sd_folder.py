@@ -11,18 +11,28 @@ import numpy as np
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.msgpack_files import read_msgpack
+from jaxdiff.io.pretrained_files import VARIANTS, with_variant
 from jaxdiff.io.strict_json import read_strict_json
-from jaxdiff.io.tokenizer import BEGIN, END, read_tokenizer
+from jaxdiff.io.tokenizer import (
+    BEGIN,
+    END,
+    SETTINGS_FILE,
+    SPECIAL_FILE,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    read_tokenizer,
+)
 from jaxdiff.io.torch_layout import modern_name, torch_axes, torch_name
 from jaxdiff.io.weights import LazyTensors, flatten_params, write_safetensors
+from jaxdiff.recipes.pipeline_folder import INDEX, check_no_more_parts
+from jaxdiff.recipes.pipeline_folder import SCHEDULER as SCHEDULER_CONFIG
 from weights_convert.sd_configs import CLASSES, DIFFUSERS_VERSION, Pipeline, read_configs
 from weights_convert.sd_layout import Layout
 from weights_convert.sd_tables import to_single
 from weights_convert.source import find_weights, read_tensors
 
-INDEX = "model_index.json"
 MARK = "_converted_by"
-SCHEDULER = "scheduler/scheduler_config.json"
+SCHEDULER = f"scheduler/{SCHEDULER_CONFIG}"
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -41,9 +51,6 @@ DOWNLOADS = tuple(
         {part: names[1] for part, names in OTHER_WEIGHTS.items()},
     )
 )
-VOCABULARY = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json")
-TOKENIZER = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json")
-"""Files of a tokenizer; the fourth may stand for the first three, as transformers 5 writes them."""
 PIPELINES = {9: "StableDiffusionInpaintPipeline", 8: "StableDiffusionInstructPix2PixPipeline"}
 """Classes of pipelines by the channels that their UNet reads: latents, a picture's latents, a mask."""
 PIPELINE = "StableDiffusionPipeline"
@@ -64,6 +71,7 @@ def read_folder(folder: Path) -> Pipeline:
     name, known = index.get("_class_name"), (PIPELINE, "StableDiffusionImg2ImgPipeline", *PIPELINES.values())
     if str(name).removeprefix("Flax") not in known:
         raise InputError(f"{folder / INDEX}: _class_name is {name!r}; jaxdiff only converts {', '.join(known)}")
+    check_no_more_parts(folder / INDEX, index)
     layout, configs = read_configs(folder)
     scheduler = read_strict_json(folder / SCHEDULER)
     if not isinstance(name := scheduler.get("_class_name"), str):
@@ -71,7 +79,12 @@ def read_folder(folder: Path) -> Pipeline:
     scheduler["_class_name"] = name.removeprefix("Flax")
     networks = {}
     for part, name in WEIGHTS.items():
-        path = find_weights(folder / part, (name, f"{name}.index.json", *OTHER_WEIGHTS[part]))
+        plain = [name, f"{name}.index.json", *OTHER_WEIGHTS[part]]
+        # msgpack files, which come last, have no variants.
+        varied = [with_variant(file, word) for word in VARIANTS for file in plain[:-1]]
+        path = find_weights(folder / part, [*plain, *varied])
+        if path.name in varied:
+            print(f"{folder / part}: has no plain weights, so {path.name} is read")
         tensors = read_msgpack_tensors(path) if path.suffix == ".msgpack" else read_tensors(path)
         networks[part] = to_modern(part, tensors)
         to_single(str(path), configs[part].rows, networks[part])  # which checks names and shapes
@@ -136,9 +149,9 @@ def find_tokenizer(name: str, layout: Layout) -> Files:
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": layout.text_encoder.positions}
     return {
-        **{file: data for file, data in files.items() if file in VOCABULARY},
-        "tokenizer_config.json": to_json({**settings, **special, "add_prefix_space": False}),
-        "special_tokens_map.json": to_json(special),
+        **{file: data for file, data in files.items() if file in VOCABULARY_FILES},
+        SETTINGS_FILE: to_json({**settings, **special, "add_prefix_space": False}),
+        SPECIAL_FILE: to_json(special),
     }
 
 
@@ -150,7 +163,7 @@ def read_files(name: str, fetch: Fetch, layout: Layout) -> Files:
     """
     text = layout.text_encoder
     read_tokenizer(name, fetch, text.positions, text.tokens)
-    files = {file: path.read_bytes() for file in TOKENIZER if (path := fetch(file))}
+    files = {file: path.read_bytes() for file in TOKENIZER_FILES if (path := fetch(file))}
     if {"vocab.json", "merges.txt"} <= files.keys():
         files.pop("tokenizer.json", None)
     return files
@@ -205,7 +218,7 @@ def is_conversion(folder: Path) -> bool:
         INDEX,
         SCHEDULER,
         *(f"{part}/config.json" for part in CLASSES),
-        *(f"tokenizer/{name}" for name in TOKENIZER),
+        *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
     }
     known |= {*parts, *(f"{part}/{name}" for part, name in WEIGHTS.items())}
     try:

@@ -74,9 +74,7 @@ def read_tensors(path: Path) -> Mapping[str, np.ndarray]:
     Raises:
       InputError: as `read_safetensors` and `read_state_dict`.
     """
-    if path.name.endswith((".safetensors", ".safetensors.index.json")):
-        return read_safetensors(path)
-    return read_state_dict(path)
+    return read_safetensors(path) if path.suffix in (".safetensors", ".json") else read_state_dict(path)
 
 
 def digest(path: Path) -> str:

@@ -17,6 +17,8 @@ Fetch = Callable[[str], Path | None]
 FIRST_ASKED = ("config.json", "model_index.json")
 """Every model has the one, every pipeline the other."""
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+OPTIONS = ("cache_dir", "token", "local_files_only")
+"""Those of huggingface_hub's `hf_hub_download` that may be given; a folder needs none of them."""
 
 
 def open_model(name_or_path: str | Path, revision: str | None = None, subfolder: str = "", **options: Any) -> Fetch:
@@ -26,11 +28,16 @@ def open_model(name_or_path: str | Path, revision: str | None = None, subfolder:
       name_or_path: a folder, or OWNER/NAME on the hub.
       revision: branch, tag or commit; only the 40 digits of a commit always mean the same files.
       subfolder: of the folder or of the hub's repository.
-      **options: of huggingface_hub's `hf_hub_download`: cache_dir, token, local_files_only.
+      **options: see `OPTIONS`.
 
     Raises:
-      InputError: no such folder and no possible hub name, or a revision of a folder.
+      InputError: no such folder and no possible hub name, a revision of a folder, or an option that is not known.
     """
+    if unknown := [option for option in options if option not in OPTIONS]:
+        raise InputError(
+            f"{name_or_path}: {unknown[0]}= is an option that jaxdiff does not have; of the hub's it takes "
+            f"{', '.join(OPTIONS)}"
+        )
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if revision is not None:

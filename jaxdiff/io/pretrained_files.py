@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax.serialization import msgpack_serialize
+from numpy.typing import DTypeLike
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch
 from jaxdiff.io.msgpack_files import read_msgpack
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.torch_files import read_state_dict
-from jaxdiff.io.torch_layout import as_float32, from_torch, to_torch
+from jaxdiff.io.torch_layout import as_float32, as_type, from_torch, to_torch
 from jaxdiff.io.weights import (
-    check_finite,
     check_specs,
     flatten_params,
     read_safetensors,
@@ -39,8 +39,11 @@ DIFFUSERS = FileNames(
     "diffusion_flax_model.msgpack", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 )
 
+VARIANTS = ("fp16", "non_ema")
+"""Words before the ending of files with another copy of the weights: in half the width, or not averaged."""
+
 Leaves = Iterator[tuple[str, np.ndarray]]
-"""Flattened name and value of each parameter, float32, in no order."""
+"""Flattened name and value of each parameter, in no order."""
 
 
 def read_config(name: str, fetch: Fetch, files: FileNames = TRANSFORMERS) -> dict[str, Any]:
@@ -63,8 +66,10 @@ def read_leaves(
     prefix: str = "",
     from_pt: bool = False,
     files: FileNames = TRANSFORMERS,
+    variant: str | None = None,
+    dtype: DTypeLike = np.float32,
 ) -> Leaves:
-    """Yield a model's parameters out of the first of its files that is there: msgpack, safetensors, torch.
+    """Yield a model's parameters out of the first of its files that is there, see `candidates`.
 
     Args:
       name: of the model, for messages.
@@ -74,46 +79,83 @@ def read_leaves(
       prefix: beginning of names that files of torch may leave out.
       from_pt: pass over msgpack.
       files: what the model's library calls them.
+      variant: word before the ending of the files.
+      dtype: that the parameters shall have, whatever the file has.
 
     Raises:
-      InputError: no such file, a damaged one, or another model's.
+      InputError: no such file, a damaged one, another model's, or one with numbers too large for `dtype`.
     """
-    if not from_pt and (path := fetch(files.msgpack)):
-        return check_leaves(str(path), flatten_params(read_msgpack(path)), expected, ignored)
-    if path := fetch(files.safetensors) or fetch_shards(fetch, files):
-        tensors: Mapping[str, np.ndarray] = read_safetensors(path)
-        if getattr(tensors, "metadata", {}).get("format") == "flax":
-            return check_leaves(str(path), tensors, expected, ignored)
-    elif path := fetch(files.torch):
+    names = candidates(files, from_pt, variant)
+    path = next((path for file in names if (path := fetch(file))), None)
+    if path is None:
+        raise InputError(f"{name}: holds no weights; looked for {', '.join(names)}")
+    if variant is None and any(f".{word}." in path.name for word in VARIANTS):
+        print(f"{name}: has no plain weights, so {path.name} is read")
+    if path.suffix == ".msgpack":
+        return check_leaves(str(path), flatten_params(read_msgpack(path)), expected, ignored, dtype)
+    tensors: Mapping[str, np.ndarray]
+    if path.suffix == ".bin":
         tensors = read_state_dict(path)
     else:
-        raise InputError(f"{name}: holds no weights; looked for {', '.join(files)}")
+        if path.suffix == ".json":
+            fetch_shards(fetch, path)
+        tensors = read_safetensors(path)
+        if getattr(tensors, "metadata", {}).get("format") == "flax":
+            return check_leaves(str(path), tensors, expected, ignored, dtype)
     if any(key.startswith(prefix) for key in tensors):
         prefix = ""
-    return from_torch(str(path), tensors, expected, ignored, prefix)
+    return from_torch(str(path), tensors, expected, ignored, prefix, dtype)
 
 
-def fetch_shards(fetch: Fetch, files: FileNames) -> Path | None:
-    """Return the index of a model that is split over several safetensors files, all of them fetched."""
-    index = fetch(f"{files.safetensors}.index.json")
-    if index is not None:
-        weight_map = read_strict_json(index).get("weight_map")
-        for file in sorted({str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else ()):
-            # Of names with folders, the reader of the index tells what is wrong.
-            if "/" not in file and "\\" not in file:
-                fetch(file)
-    return index
+def candidates(files: FileNames, from_pt: bool = False, variant: str | None = None) -> list[str]:
+    """Return the names that a model's parameters may have, in the order in which they are looked for.
+
+    msgpack comes first, then safetensors, whole or in shards, then torch; without a variant, the plain files come
+    before those of `VARIANTS`.
+
+    Args:
+      files: what the model's library calls the plain ones.
+      from_pt: leave msgpack out.
+      variant: word before the ending.
+
+    Raises:
+      InputError: the variant is no word.
+    """
+    if variant is not None and not re.fullmatch(r"\w+", variant):
+        raise InputError(f"variant={variant!r} is no word, such as fp16")
+    index = f"{files.safetensors}.index.json"
+    of_torch = [files.safetensors, index, files.torch]
+    if variant is not None:
+        return [with_variant(file, variant) for file in of_torch]
+    varied = [with_variant(file, word) for word in VARIANTS for file in of_torch]
+    return [*([] if from_pt else [files.msgpack]), *of_torch, *varied]
 
 
-def check_leaves(origin: str, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], ignored: str) -> Leaves:
+def with_variant(file: str, word: str) -> str:
+    """Return the name of a file's variant, as transformers and diffusers call it."""
+    stem, ending = file.rsplit(".", 1)
+    return f"{stem}.{word}.{ending}"
+
+
+def fetch_shards(fetch: Fetch, index: Path) -> None:
+    """Fetch all files of a model that is split over several safetensors files."""
+    weight_map = read_strict_json(index).get("weight_map")
+    for file in sorted({str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else ()):
+        # Of names with folders, the reader of the index tells what is wrong.
+        if "/" not in file and "\\" not in file:
+            fetch(file)
+
+
+def check_leaves(
+    origin: str, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], ignored: str, dtype: DTypeLike
+) -> Leaves:
     """Yield leaves that are laid out as the tree is already."""
     wanted = {name: (tuple(leaf.shape), "float32") for name, leaf in flatten_params(expected).items()}
     specs = getattr(tensors, "specs", None) or {name: spec_of(np.asarray(leaf)) for name, leaf in tensors.items()}
     found = {name: as_float32(spec) for name, spec in specs.items() if not re.fullmatch(ignored, name)}
     check_specs(origin, found, wanted)
     for name in wanted:
-        check_finite(origin, name, tensors[name])
-        yield name, np.asarray(tensors[name], np.float32)
+        yield name, as_type(origin, name, tensors[name], dtype)
 
 
 def write_leaves(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -13,6 +14,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from jaxdiff.io.charts import NARROW, WIDE, Line, draw_lines
+
+Facts = Mapping[str, Mapping[str, str]]
+"""Names and values under a few heads."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,30 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """The page: headline figures first, sections next, facts (config, versions, hashes) last."""
+    """The page: headline figures first, sections next, facts, see `facts_of`, last."""
 
     title: str
     subtitle: str
     figures: Sequence[Figure]
     sections: Sequence[Section]
-    facts: Mapping[str, Mapping[str, str]]
+    facts: Facts
+
+
+def facts_of(record: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]] | None = None) -> Facts:
+    """Return the facts about a run: its command, what else is of its kind, its config, versions and hashes.
+
+    Args:
+      record: what its results.json says, `seconds` among it.
+      more: further facts under heads of their own.
+    """
+    facts: dict[str, Mapping[str, Any]] = {
+        "Command": {"command line": record["command"], "seconds": f"{record['seconds']:.0f}"},
+        **(more or {}),
+        "Config": record["config"],
+        "Versions": record["versions"],
+        "Hashes (SHA-256)": record["hashes"],
+    }
+    return {head: {name: str(value) for name, value in group.items()} for head, group in facts.items()}
 
 
 def write_report(path: Path, report: Report) -> Path:

@@ -19,6 +19,10 @@ from jaxdiff.io.hub import Fetch
 from jaxdiff.io.strict_json import read_strict_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json")
+"""The fourth may stand for the first three, as transformers 5 writes them."""
+SETTINGS_FILE, SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
+TOKENIZER_FILES = (*VOCABULARY_FILES, SETTINGS_FILE, SPECIAL_FILE)
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """A piece of text that is encoded by itself: contractions, words, single digits, runs of other signs."""
 
@@ -57,7 +61,7 @@ class CLIPTokenizer:
           vocab: id of each token; words end in "</w>".
           merges: pairs to join, the most urgent first.
           context_length: most tokens of a text.
-          pad_token: what follows the end of a shorter text.
+          pad_token: what follows the end of a shorter text; in a text, too, it stands for the padding.
           added_tokens: tokens with ids after those of `vocab`, found in texts before anything else is, and whether
             they are looked for in the lower-cased text.
 
@@ -94,6 +98,8 @@ class CLIPTokenizer:
         pad_id = self._tokenizer.token_to_id(pad_token)
         if pad_id is None:
             raise InputError(f"the vocabulary has no padding token {pad_token!r}")
+        # Stable Diffusion 2 pads with "!", which else would be "!</w>" at the end of a word.
+        self._tokenizer.add_special_tokens([pad_token])
         self.context_length, self.pad_id = context_length, pad_id
 
     def __call__(
@@ -209,8 +215,6 @@ def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int
     Raises:
       InputError: files are missing or damaged, or have more tokens than the model.
     """
-    config = fetch("tokenizer_config.json")
-    settings = read_strict_json(config) if config else {}
     added: dict[str, bool] = {}
     vocab_file, merges_file, whole_file = (fetch(file) for file in ("vocab.json", "merges.txt", "tokenizer.json"))
     if vocab_file and merges_file:
@@ -225,18 +229,35 @@ def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int
         raise InputError(f"{name}: has no tokenizer; it should hold vocab.json and merges.txt, or tokenizer.json")
     if not all(type(value) is int for value in vocab.values()):
         raise InputError(f"{path}: must give each token a number")
-    pad = settings.get("pad_token", END)
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    if not isinstance(pad, str | None):
-        raise InputError(f"{config}: pad_token is {pad!r}, not a token")
     try:
-        tokenizer = CLIPTokenizer(vocab, merges, context_length, pad or END, added)
+        tokenizer = CLIPTokenizer(vocab, merges, context_length, read_padding(fetch), added)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     largest = max(vocab.values()) + len([token for token in added if token not in vocab])
     if largest >= vocab_size:
         raise InputError(f"{path}: has token {largest}, but the model only knows 0..{vocab_size - 1}")
     return tokenizer
+
+
+def read_padding(fetch: Fetch) -> str:
+    """Return the padding token, from the file where transformers' CLIPTokenizer takes it.
+
+    special_tokens_map.json counts for more than tokenizer_config.json, unless the latter describes its tokens itself.
+
+    Raises:
+      InputError: a file is damaged, or says something else than a token.
+    """
+    pad: Any = None
+    for name in (SETTINGS_FILE, SPECIAL_FILE):
+        path = fetch(name)
+        values = read_strict_json(path) if path else {}
+        pad = values.get("pad_token", pad)
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        if not isinstance(pad, str | None):
+            raise InputError(f"{path}: pad_token is {pad!r}, not a token")
+        if "added_tokens_decoder" in values:
+            break
+    return pad or END
 
 
 def parse_whole(path: Path, whole: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, bool]]:
@@ -270,4 +291,4 @@ def write_tokenizer(folder: Path, vocab: Mapping[str, int], merges: Sequence[tup
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = {"tokenizer_class": "CLIPTokenizer", "bos_token": BEGIN, "eos_token": END, "pad_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "unk_token": END}))
+    (folder / SETTINGS_FILE).write_text(json.dumps({**settings, "unk_token": END}))

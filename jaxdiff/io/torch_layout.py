@@ -16,7 +16,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
+from jaxdiff.errors import InputError
 from jaxdiff.io.weights import Spec, check_finite, check_specs, flatten_params, spec_of
 
 NUMBERED = re.compile(
@@ -56,9 +58,14 @@ def torch_axes(name: str, rank: int) -> tuple[int, ...]:
 
 
 def from_torch(
-    origin: str, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], ignored: str, prefix: str = ""
+    origin: str,
+    tensors: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any],
+    ignored: str,
+    prefix: str = "",
+    dtype: DTypeLike = np.float32,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each leaf of a tree, float32, under its flattened name, out of a state dict that must fit exactly.
+    """Yield each leaf of a tree under its flattened name, out of a state dict that must fit exactly.
 
     Args:
       origin: what error messages begin with.
@@ -66,9 +73,11 @@ def from_torch(
       expected: tree of leaves with `shape`.
       ignored: regular expression of whole torch names that are no parameters of this model.
       prefix: beginning of torch names that the state dict leaves out.
+      dtype: that the leaves shall have.
 
     Raises:
-      InputError: tensors are missing, not expected, of another shape, not floating-point or not finite.
+      InputError: tensors are missing, not expected, of another shape, not floating-point, not finite or too large for
+        `dtype`.
     """
     leaves = flatten_params(expected)
     sources = {name: torch_name(name).removeprefix(prefix) for name in leaves}
@@ -81,10 +90,24 @@ def from_torch(
     found = {modern: as_float32(specs[name]) for modern, name in stored.items()}
     check_specs(origin, found, wanted)
     for name, leaf in leaves.items():
-        tensor = tensors[stored[sources[name]]]
-        check_finite(origin, sources[name], tensor)
-        axes = torch_axes(name, len(leaf.shape))
-        yield name, np.ascontiguousarray(tensor.transpose(np.argsort(axes)), np.float32).reshape(leaf.shape)
+        order = np.argsort(torch_axes(name, len(leaf.shape)))
+        # No name here for the tensor, which would keep it beside the next.
+        yield name, as_type(origin, sources[name], tensors[stored[sources[name]]].transpose(order), dtype)
+
+
+def as_type(origin: str, name: str, tensor: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Return a stored parameter in C order and as a type of floating-point numbers.
+
+    Raises:
+      InputError: a number of it is not finite, or too large for the type.
+    """
+    check_finite(origin, name, tensor)
+    with np.errstate(over="ignore"):
+        cast = np.asarray(tensor, dtype, order="C")
+    # No other type here has a largest number that is smaller.
+    if cast.dtype == np.float16 and not np.isfinite(cast).all():
+        raise InputError(f"{origin}: {name} holds numbers too large for float16: use bfloat16 or float32")
+    return cast
 
 
 def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -138,12 +138,12 @@ class ShardedTensors(Mapping[str, np.ndarray]):
 
 
 def read_safetensors(path: Path) -> TensorFile | ShardedTensors:
-    """Open a safetensors file, or the `*.safetensors.index.json` of a model that was split over several.
+    """Open a safetensors file, or the `*.safetensors.index*.json` of a model that was split over several.
 
     Raises:
       InputError: missing, truncated, too long a header, a name twice, a dtype that NumPy lacks; or a shard is missing.
     """
-    return ShardedTensors(path) if path.name.endswith(".index.json") else TensorFile(path)
+    return ShardedTensors(path) if path.suffix == ".json" else TensorFile(path)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

@@ -67,7 +67,7 @@ def _slice_length(length: int, most: int) -> int:
 def _attend_in_slices(query, key, value, size: int) -> Float[Array, "B L n d"]:
     """Return equation (1), `size` queries of one head at a time."""
     batch, _, heads, features = query.shape
-    scaled = query * np.asarray(features**-0.5, query.dtype)
+    scale = np.float32(features**-0.5)
 
     def of_head(inputs):
         query, key, value = inputs
@@ -75,7 +75,8 @@ def _attend_in_slices(query, key, value, size: int) -> Float[Array, "B L n d"]:
         # Gradients compute the scores once more, instead of keeping those of all slices.
         @jax.checkpoint
         def of_slice(query):
-            scores = jnp.matmul(query, key.T, preferred_element_type=jnp.float32)
+            # Scaled queries would be rounded where they are narrower than the scores.
+            scores = scale * jnp.matmul(query, key.T, preferred_element_type=jnp.float32)
             weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
             total = jnp.sum(weights, axis=-1, keepdims=True)
             out = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
@@ -83,7 +84,7 @@ def _attend_in_slices(query, key, value, size: int) -> Float[Array, "B L n d"]:
 
         return jax.lax.map(of_slice, query.reshape(-1, size, features)).reshape(query.shape)
 
-    by_head = [rearrange(x, "b l n d -> (b n) l d") for x in (scaled, key, value)]
+    by_head = [rearrange(x, "b l n d -> (b n) l d") for x in (query, key, value)]
     return rearrange(jax.lax.map(of_head, tuple(by_head)), "(b n) l d -> b l n d", b=batch, n=heads)
 
 

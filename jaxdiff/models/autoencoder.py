@@ -38,6 +38,8 @@ class AutoencoderConfig:
       block_out_channels: channels of each level, from pixels to latents; each level halves the one before.
       layers_per_block: residual blocks of a level of the encoder; the decoder's have one more.
       scaling_factor: see equation (2).
+      force_upcast: whether float16 is too narrow for its decoder; kept for other libraries, as nothing here decodes in
+        less than float32 unless it is told to.
     """
 
     in_channels: int = 3
@@ -48,6 +50,7 @@ class AutoencoderConfig:
     norm_num_groups: int = 32
     sample_size: int = 512
     scaling_factor: float = 0.18215
+    force_upcast: bool = True
 
     def __post_init__(self):
         counts = (self.in_channels, self.out_channels, self.latent_channels, self.layers_per_block, self.sample_size)

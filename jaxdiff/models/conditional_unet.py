@@ -34,6 +34,7 @@ class ConditionalUNetConfig:
       cross_attention_dim: features of a token of the text.
       num_attention_heads: heads of the transformers of each level.
       use_linear_projection: see `SpatialTransformer.linear`.
+      upcast_attention: whether scores of attention must be float32, as they always are here; kept for other libraries.
     """
 
     sample_size: int = 64
@@ -51,6 +52,7 @@ class ConditionalUNetConfig:
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
     downsample_padding: int = 1
+    upcast_attention: bool = False
 
     def __post_init__(self):
         levels = len(self.block_out_channels)

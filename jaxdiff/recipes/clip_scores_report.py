@@ -13,7 +13,7 @@ from jaxdiff.io.case_sheet import PICTURE, fit
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import read_image, write_png
 from jaxdiff.io.provenance import tree_hash
-from jaxdiff.io.report import Figure, Picture, Report, Section, Table, write_report
+from jaxdiff.io.report import Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.recipes.clip_features import Encoder
 from jaxdiff.recipes.clip_grading import Graded
@@ -61,18 +61,12 @@ def write_outputs(
         found = [result.figures[name] for result in graded if name in result.figures]
         if found:
             head.append(Figure(f"{np.mean(found):.1f}", MEANINGS[name]))
-    facts = {
-        "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
-        "Config": record["config"],
-        "Versions": record["versions"],
-        "Hashes (SHA-256)": record["hashes"],
-    }
     report = Report(
         "CLIP scores",
         f"What {Path(encoder.name).name} makes of the pictures. Intervals are 95 %, bootstrapped over pictures.",
         head,
         sections,
-        {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
+        facts_of(record),
     )
     return [*paths, results, write_report(out / "report.html", report)]
 

@@ -8,7 +8,7 @@ from typing import Any
 from jaxdiff.ddim_settings import ModeSettings
 from jaxdiff.errors import InputError
 from jaxdiff.io.images import write_png
-from jaxdiff.io.report import Figure, Report, write_report
+from jaxdiff.io.report import Figure, Report, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.recipes.ddim_modes import (
     Shown,
@@ -85,19 +85,15 @@ def write_page(
     out: Path, drawing: Drawing, shown: Sequence[Shown], figures: Figures, record: Mapping[str, Any]
 ) -> Path:
     """Write report.html; `record` is what results.json says."""
-    facts = {
-        "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
-        "Timesteps": {"visited, largest first": ", ".join(f"{t:g}" for t in drawing.timesteps[:-1]),
-                      "end": "clean data" if drawing.timesteps[-1] < 0 else f"t = {drawing.timesteps[-1]:g}"},
-        "Config": record["config"],
-        "Versions": record["versions"],
-        "Hashes (SHA-256)": record["hashes"],
-    }  # fmt: skip
+    walk = {
+        "visited, largest first": ", ".join(f"{t:g}" for t in drawing.timesteps[:-1]),
+        "end": "clean data" if drawing.timesteps[-1] < 0 else f"t = {drawing.timesteps[-1]:g}",
+    }
     report = Report(
         "What DDIM does",
         f"Pictures of {drawing.model.title}, from noise, by denoising diffusion implicit models (arXiv 2010.02502).",
         [Figure(form.format(figures[name]), text) for name, (form, text) in HEADLINES.items() if name in figures],
         [mode.section for mode in shown],
-        {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
+        facts_of(record, {"Timesteps": walk}),
     )
     return write_report(out / "report.html", report)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxdiff.io.images import write_png
 from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash
-from jaxdiff.io.report import Confusion, Curve, Figure, Picture, Report, Section, Table, write_report
+from jaxdiff.io.report import Confusion, Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import DATA, read_json, write_results
 from jaxdiff.recipes.conditional import ConditionalModel
 from jaxdiff.recipes.evaluation import (
@@ -194,12 +194,6 @@ def write_page(
         Picture(strip, f"{domain}: the noisy state, and the clean image that the network sees in it.", wide=True)
         for domain, strip in zip(model.domain_names, strips)
     ]
-    facts = {
-        "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
-        "Config": record["config"],
-        "Versions": record["versions"],
-        "Hashes (SHA-256)": record["hashes"],
-    }
     report = Report(
         "Pictures on request",
         f"A diffusion model of {' and '.join(model.domain_names)}, conditioned on class and domain.",
@@ -210,6 +204,6 @@ def write_page(
             judge_section(model, samples, figures),
             loss_section(task.run),
         ],
-        {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
+        facts_of(record),
     )
     return write_report(task.out / "report.html", report)

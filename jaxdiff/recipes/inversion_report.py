@@ -11,7 +11,7 @@ from jaxdiff.io.images import write_png
 from jaxdiff.io.learned_embeddings import Learned, write_learned, write_learned_apart
 from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash
-from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, write_report
+from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
@@ -73,19 +73,13 @@ def write_outputs(
                 "The loss of a step says little: most of it depends on the timesteps drawn. That by timestep is taken "
                 "of the same texts, pictures and noise every time."),
     ]  # fmt: skip
-    facts = {
-        "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
-        "Config": record["config"],
-        "Versions": record["versions"],
-        "Hashes (SHA-256)": record["hashes"],
-    }
     note = f" {parts.drawing.note}".rstrip()
     report = Report(
         "Textual inversion",
         f"New words for a frozen model, from a few pictures each (arXiv 2208.01618).{note}",
         [Figure(str(len(rows)), "words learned"), Figure(f"{training.train_steps:,}", "steps")],
         sections,
-        {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
+        facts_of(record),
     )
     grids = [out / "grids"] if (out / "grids").exists() else []
     return [out / WORDS, *apart, out / "grid.png", *grids, results, write_report(out / "report.html", report)]

@@ -22,11 +22,14 @@ def add_words(
 ) -> tuple[StableDiffusion, Params]:
     """Return the model and its parameters with rows for new words, which the tokenizer learns too.
 
-    A word of several vectors becomes as many tokens, which `spell_out` writes into a prompt.
+    A word of several vectors becomes as many tokens, which `spell_out` writes into a prompt. The new rows follow those
+    of the tokens that there are: rows below, which pad some tables to a round size, no text ever reached.
 
     Raises:
       InputError: a word is known already, or its vectors are of another model.
     """
+    if not learned:
+        return model, params
     table = get_leaf(params, TABLE)
     width, encoder = table.shape[1], model.text_encoder
     for word, rows in learned.items():
@@ -35,10 +38,11 @@ def add_words(
                 f"{word}: its vectors have {rows.shape[1]} numbers, but this model's tokens have {width}: they were "
                 "learned with another model"
             )
-    if tokenizer.vocab_size != len(table):
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the text encoder {len(table)}")
+    size = tokenizer.vocab_size
+    if size > len(table):
+        raise InputError(f"the tokenizer has {size} tokens, the text encoder only {len(table)}")
     tokenizer.add_tokens([name for word, rows in learned.items() for name in token_names(word, len(rows))])
-    added = jnp.concatenate([table, *(jnp.asarray(rows, table.dtype) for rows in learned.values())])
+    added = jnp.concatenate([table[:size], *(jnp.asarray(rows, table.dtype) for rows in learned.values())])
     config = replace(encoder.config, vocab_size=len(added))
     return replace(model, text_encoder=encoder.clone(config=config)), set_leaf(params, TABLE, added)
 
@@ -49,11 +53,20 @@ def token_names(word: str, count: int) -> list[str]:
 
 
 def spell_out(prompt: str, learned: Mapping[str, np.ndarray]) -> str:
-    """Return the prompt with every learned word of several vectors as all of its tokens."""
+    """Return the prompt with every learned word of several vectors as all of its tokens.
+
+    Words are found where the tokenizer finds them, inside others too: from the left, and of two that begin there the
+    longer one. A word that is spelled out already stays as it is.
+    """
+    if not learned:
+        return prompt
+    spelled: dict[str, str] = {}
     for word, rows in learned.items():
-        if len(rows) > 1:
-            prompt = re.sub(rf"{re.escape(word)}(?!_\d)", " ".join(token_names(word, len(rows))), prompt)
-    return prompt
+        names = token_names(word, len(rows))
+        whole = " ".join(names)
+        spelled |= {**dict(zip(names, names)), word: whole, whole: whole}
+    longest_first = sorted(spelled, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: spelled[found[0]], prompt)
 
 
 def get_leaf(tree: Any, path: tuple[str, ...]) -> Any:

@@ -17,12 +17,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxdiff.io.pretrained_files import CONFIG, DIFFUSERS
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig, LatentNormal
 from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
-from jaxdiff.recipes.diffusers_config import (
-    describe_autoencoder,
-    describe_latent_unet,
-    translate_autoencoder,
-    translate_latent_unet,
-)
+from jaxdiff.recipes.diffusers_autoencoder import describe_autoencoder, translate_autoencoder
+from jaxdiff.recipes.diffusers_latent_unet import describe_latent_unet, translate_latent_unet
 from jaxdiff.recipes.pretrained_model import FlaxPreTrainedModel
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxdiff.io.hub import open_model
+from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.pretrained_files import CONFIG, TRANSFORMERS, FileNames, read_config, read_leaves, write_leaves
 from jaxdiff.io.runs import write_json
 from jaxdiff.io.weights import check_specs, flatten_params, spec_of, unflatten_params
@@ -88,6 +88,7 @@ class FlaxPreTrainedModel:
         subfolder: str = "",
         dtype: DTypeLike = jnp.float32,
         from_pt: bool = False,
+        variant: str | None = None,
         _do_init: bool = True,
         **options: Any,
     ) -> Any:
@@ -100,6 +101,8 @@ class FlaxPreTrainedModel:
           subfolder: of the folder or of the hub's repository.
           dtype: what the networks compute in.
           from_pt: pass over flax_model.msgpack.
+          variant: read the files with this word before their ending, such as fp16; None means the plain ones, and where
+            there are none those of `jaxdiff.io.pretrained_files.VARIANTS`.
           _do_init: whether the model keeps the parameters.
           **options: cache_dir, token or local_files_only, as in huggingface_hub.
 
@@ -107,18 +110,43 @@ class FlaxPreTrainedModel:
           The model; with `_do_init=False` the model, which holds no parameters, and the parameters.
 
         Raises:
-          InputError: files are missing, damaged or another model's, or the hub cannot be reached.
+          InputError: files are missing, damaged or another model's, an option is not known, or the hub cannot be
+            reached.
         """
         fetch = open_model(name_or_path, revision, subfolder, **options)
         model = cls(cls.read_config(read_config(str(name_or_path), fetch, cls.files)), dtype=dtype, _do_init=False)
-        expected = model.params_shape_tree
-        leaves = read_leaves(str(name_or_path), fetch, expected, cls.ignored, cls.prefix, from_pt, cls.files)
-        # One after another, so that no second copy of the model lies in memory.
-        params = unflatten_params({name: jnp.asarray(leaf) for name, leaf in leaves})
+        where = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
+        params = model.read_params(where, fetch, from_pt, variant)
         if not _do_init:
             return model, params
         model._params = params
         return model
+
+    def read_params(
+        self,
+        name: str,
+        fetch: Fetch,
+        from_pt: bool = False,
+        variant: str | None = None,
+        dtype: DTypeLike = jnp.float32,
+    ) -> dict[str, Any]:
+        """Return the published parameters of this model, which does not keep them.
+
+        Args:
+          name: of the model, for messages.
+          fetch: from `open_model`.
+          from_pt: as in `from_pretrained`.
+          variant: the same.
+          dtype: that the parameters shall have.
+
+        Raises:
+          InputError: files are missing, damaged or another model's, or hold numbers that are too large for `dtype`.
+        """
+        wanted = self.params_shape_tree
+        leaves = read_leaves(name, fetch, wanted, self.ignored, self.prefix, from_pt, self.files, variant, dtype)
+        # One after another, so that no second copy of the model lies in memory; jnp.asarray would compile a program for
+        # every shape, and keep them all.
+        return unflatten_params({leaf: jax.device_put(value) for leaf, value in leaves})
 
     def save_pretrained(
         self, folder: str | Path, params: Mapping[str, Any] | None = None, safe_serialization: bool = False

@@ -10,7 +10,7 @@ for research, and the published one both misses and blocks too much (arXiv 2210.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +22,15 @@ from jax.typing import ArrayLike, DTypeLike
 from PIL import Image
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.hub import Fetch, open_model
+from jaxdiff.io.hub import open_model
 from jaxdiff.io.images import to_uint8
-from jaxdiff.io.pretrained_files import read_config
 from jaxdiff.io.runs import write_json
 from jaxdiff.io.strict_json import read_strict_json
-from jaxdiff.io.tokenizer import CLIPTokenizer, read_tokenizer
+from jaxdiff.io.tokenizer import TOKENIZER_FILES, CLIPTokenizer, read_tokenizer
 from jaxdiff.mesh import batch_split, make_mesh, replicated
-from jaxdiff.recipes.diffusers_config import translate_scheduler
+from jaxdiff.recipes.pipeline_folder import INDEX, SCHEDULER, describe_pipeline, read_models
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-from jaxdiff.recipes.pretrained_model import FlaxPreTrainedModel, cast
 from jaxdiff.recipes.stable_diffusion import (
     Params,
     StableDiffusion,
@@ -44,23 +42,6 @@ from jaxdiff.recipes.stable_diffusion import (
     make_latent_sampler,
     make_process,
 )
-
-INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
-CLASSES = {
-    "text_encoder": ("CLIPTextModel", "FlaxCLIPTextModel"),
-    "unet": ("UNet2DConditionModel", "FlaxUNet2DConditionModel"),
-    "vae": ("AutoencoderKL", "FlaxAutoencoderKL"),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-"""What model_index.json may say that the parts are; the scheduler's class is checked with its config."""
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-
-
-NETWORKS: dict[str, type[FlaxPreTrainedModel]] = {
-    "text_encoder": FlaxCLIPTextModel,
-    "unet": FlaxUNet2DConditionModel,
-    "vae": FlaxAutoencoderKL,
-}
 
 
 class FlaxStableDiffusionPipelineOutput(NamedTuple):
@@ -111,8 +92,9 @@ class FlaxStableDiffusionPipeline:
         dtype: DTypeLike = jnp.float32,
         decode_dtype: DTypeLike | None = None,
         from_pt: bool = False,
-        safety_checker: None = None,
-        feature_extractor: None = None,
+        variant: str | None = None,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
         **options: Any,
     ) -> tuple["FlaxStableDiffusionPipeline", Params]:
         """Read a published pipeline.
@@ -124,7 +106,8 @@ class FlaxStableDiffusionPipeline:
           dtype: what text encoder and UNet compute in, and the type of their parameters.
           decode_dtype: the same for the autoencoder; None means float32, because many of them overflow in float16.
           from_pt: pass over msgpack files.
-          safety_checker: taken for the sake of old scripts; there is none.
+          variant: word before the ending of the networks' files, such as fp16; None means the plain files first.
+          safety_checker: for the sake of old scripts, which give None; there is none.
           feature_extractor: the same.
           **options: cache_dir, token or local_files_only, as in huggingface_hub.
 
@@ -132,19 +115,18 @@ class FlaxStableDiffusionPipeline:
           The pipeline and its parameters, by network.
 
         Raises:
-          InputError: files are missing, damaged or another model's, or the hub cannot be reached.
+          InputError: files are missing, damaged or another model's, hold numbers too large for their type, or the hub
+            cannot be reached; or an option is not known.
         """
+        if safety_checker is not None or feature_extractor is not None:
+            raise InputError("safety_checker and feature_extractor must be None: jaxdiff has neither")
         name = str(name_or_path)
         dtypes = {"text_encoder": dtype, "unet": dtype, "vae": decode_dtype or jnp.float32}
         models, model = read_models(name, revision, dtypes, **options)
         params = {}
-        for part, kind in NETWORKS.items():
-            options_of_part: Any = {"dtype": dtypes[part], "from_pt": from_pt, "_do_init": False, **options}
-            try:
-                _, read = kind.from_pretrained(name, revision=revision, subfolder=part, **options_of_part)
-            except InputError as error:
-                raise InputError(f"{part}: {error}") from error
-            params[part] = read if dtypes[part] == jnp.float32 else cast(read, dtypes[part])
+        for part, network in models.items():
+            fetch = open_model(name, revision, part, **options)
+            params[part] = network.read_params(f"{name}/{part}", fetch, from_pt, variant, dtypes[part])
         tokenizer_files = open_model(name, revision, "tokenizer", **options)
         text = models["text_encoder"].config
         tokenizer = read_tokenizer(f"tokenizer: {name}", tokenizer_files, text.max_position_embeddings, text.vocab_size)
@@ -161,7 +143,12 @@ class FlaxStableDiffusionPipeline:
           folder: made where it is missing.
           params: as `from_pretrained` gave them, or trained further.
           safe_serialization: write safetensors, which diffusers' torch pipeline reads, instead of Flax msgpack.
+
+        Raises:
+          InputError: the pipeline was not read from files.
         """
+        if not self._files:
+            raise InputError("a pipeline that was not read from files has no tokenizer's and scheduler's to save")
         folder = Path(folder)
         models = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
         for part, model in models.items():
@@ -171,21 +158,8 @@ class FlaxStableDiffusionPipeline:
             for file, path in files.items():
                 if path.resolve() != (folder / part / file).resolve():
                     shutil.copyfile(path, folder / part / file)
-        flax = "" if safe_serialization else "Flax"
         scheduler = read_strict_json(folder / "scheduler" / SCHEDULER)["_class_name"]
-        index = {
-            "_class_name": f"{flax}StableDiffusionPipeline",
-            **{
-                part: ["transformers" if part == "text_encoder" else "diffusers", flax + CLASSES[part][0]]
-                for part in models
-            },
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "scheduler": ["diffusers", scheduler],
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-        }
-        write_json(folder / INDEX, index)
+        write_json(folder / INDEX, describe_pipeline(scheduler, "" if safe_serialization else "Flax"))
 
     def prepare_inputs(self, prompt: str | Sequence[str]) -> np.ndarray:
         """Return the token ids of prompts, those that are too long cut, as diffusers does."""
@@ -293,72 +267,3 @@ class FlaxStableDiffusionPipeline:
         """Return pictures in [0, 1], with any leading axes, as Pillow's."""
         images = np.asarray(images)
         return [Image.fromarray(pixels) for pixels in to_uint8(images.reshape(-1, *images.shape[-3:]) * 2 - 1)]
-
-
-def read_models(
-    name: str, revision: str | None, dtypes: Mapping[str, DTypeLike], **options: Any
-) -> tuple[dict[str, Any], StableDiffusion]:
-    """Return the networks by name, without parameters, and the whole; only configs are read.
-
-    Args:
-      name: as `FlaxStableDiffusionPipeline.from_pretrained` takes it, and so `revision` and `options`.
-      revision: on the hub.
-      dtypes: what each network computes in.
-      **options: as in huggingface_hub.
-
-    Raises:
-      InputError: a config is missing, or says what jaxdiff does not have.
-    """
-    if Path(name).expanduser().is_file():
-        raise InputError(
-            f"{name}: is a single file; `python -m weights_convert stable_diffusion {name} DIR` makes a folder of it"
-        )
-    check_index(name, open_model(name, revision, **options))
-    models = {}
-    for part, kind in NETWORKS.items():
-        fetch = open_model(name, revision, part, **options)
-        try:
-            config = kind.read_config(read_config(name, fetch, kind.files))
-        except InputError as error:
-            raise InputError(f"{part}: {error}") from error
-        models[part] = kind(config, dtype=dtypes[part], _do_init=False)
-    scheduler = open_model(name, revision, "scheduler", **options)(SCHEDULER)
-    if scheduler is None:
-        raise InputError(f"{name}: has no scheduler/{SCHEDULER}; download the whole folder")
-    text_encoder: Any = models["text_encoder"].module
-    unet: Any = models["unet"].module
-    vae: Any = models["vae"].module
-    model = StableDiffusion(text_encoder, unet, vae, *translate_scheduler(scheduler))
-    check_fit(name, model)
-    return models, model
-
-
-def check_index(name: str, fetch: Fetch) -> None:
-    """Raise InputError unless model_index.json is there and names parts that jaxdiff has."""
-    path = fetch(INDEX)
-    if path is None:
-        raise InputError(
-            f"{name}: has no {INDEX}, so it is no folder of a diffusers pipeline; a single .safetensors or .ckpt file "
-            "becomes one by `python -m weights_convert stable_diffusion FILE DIR`"
-        )
-    index = read_strict_json(path)
-    for part, known in CLASSES.items():
-        entry = index.get(part)
-        kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if kind not in known:
-            raise InputError(f"{path}: {part} is {kind!r}; jaxdiff only has {known[0]}")
-
-
-def check_fit(name: str, model: StableDiffusion) -> None:
-    """Raise InputError unless the parts were made for each other."""
-    text, unet, vae = model.text_encoder.config, model.unet.config, model.autoencoder.config
-    for what, found, wanted in (
-        ("cross_attention_dim", unet.cross_attention_dim, text.hidden_size),
-        ("out_channels", unet.out_channels, vae.latent_channels),
-        ("in_channels", unet.in_channels, vae.latent_channels),
-    ):
-        if found != wanted:
-            raise InputError(
-                f"{name}: the UNet's {what} is {found}, but the parts around it make {wanted}; this is no "
-                "text-to-image model, or its parts come from different ones"
-            )

@@ -15,7 +15,8 @@ from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import replicated, round_up
 from jaxdiff.recipes.learned_words import add_words
-from jaxdiff.recipes.pretrained_pipeline import FlaxStableDiffusionPipeline, read_models
+from jaxdiff.recipes.pipeline_folder import read_models
+from jaxdiff.recipes.pretrained_pipeline import FlaxStableDiffusionPipeline
 from jaxdiff.recipes.stable_diffusion import (
     Params,
     StableDiffusion,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import read_image, write_png
-from jaxdiff.io.report import Figure, Picture, Report, Section, write_report
+from jaxdiff.io.report import Figure, Picture, Report, Section, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.recipes.text_to_image import Drawn, Job, TextToImage
 
@@ -58,12 +58,6 @@ def write_outputs(
     device = f"{drawing.mesh.size} x {drawing.mesh.devices.flat[0].device_kind}"
     results = write_results(out, figures, config, {"params": drawing.about["sha256"]}, device)
     record = read_json(results)
-    facts = {
-        "Command": {"command line": record["command"], "seconds": f"{figures['seconds']:.0f}"},
-        "Config": record["config"],
-        "Versions": record["versions"],
-        "Hashes (SHA-256)": record["hashes"],
-    }
     left_out = len(prompts) - PROMPTS_ON_A_PAGE
     report = Report(
         "Text to image",
@@ -78,7 +72,7 @@ def write_outputs(
               if drawn.timed else []),
         ],
         [make_section(number, prompts[number], row, each) for number, row in enumerate(rows)],
-        {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()},
+        facts_of(record),
     )  # fmt: skip
     return [out, out / "grid.png", results, write_report(out / "report.html", report)]
 

@@ -30,9 +30,9 @@ from jaxdiff.mesh import round_up
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
 from jaxdiff.recipes.contrastive import TRAIN_STEPS, tiny_config, tiny_digits_folder
+from jaxdiff.recipes.pipeline_folder import INDEX, describe_pipeline
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-from jaxdiff.recipes.pretrained_pipeline import INDEX
 from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
 from jaxdiff.recipes.stable_diffusion import StableDiffusion
 from jaxdiff.recipes.textual_inversion import InversionBatch, encode_pictures, make_latent_loss
@@ -247,15 +247,4 @@ def write_world(folder: Path, world: World) -> None:
     (folder / TEXTS).write_text("\n".join(text for text, domain in CAPTIONS if domain != 1) + "\n")
     write_tokenizer(folder / "tokenizer", *caption_vocabulary())
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
-    write_json(folder / INDEX, index)
+    write_json(folder / INDEX, describe_pipeline(str(SCHEDULER["_class_name"]), ""))

@@ -14,7 +14,7 @@ from jaxdiff.io.case_sheet import Case, case_sheet
 from jaxdiff.io.heat_map import block_size, heat_map
 from jaxdiff.io.images import write_png
 from jaxdiff.io.labelled_images import LabelledImages
-from jaxdiff.io.report import Confusion, Figure, Picture, Report, Section, Table, write_report
+from jaxdiff.io.report import Confusion, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import read_json, write_results
 from jaxdiff.recipes.classify import choose_cases, confused_pairs, recalls
 from jaxdiff.recipes.digits_report import percent
@@ -269,13 +269,6 @@ def write_page(
         "prompts": f"{len(prompts.flat):,}, {prompts.weighting} weights",
         "prompts of the first class": " | ".join(texts[:10]),
     }
-    facts = {
-        "Command": {"command line": record["command"], "seconds": f"{record['seconds']:.0f}"},
-        "Prompts": shown,
-        "Config": record["config"],
-        "Versions": record["versions"],
-        "Hashes (SHA-256)": record["hashes"],
-    }
-    plain = {name: {key: str(value) for key, value in group.items()} for name, group in facts.items()}
     subtitle = "Zero-shot classification: each picture gets the class whose prompts lie nearest to it."
-    return write_report(path, Report("Pictures named by words", subtitle, headline, sections, plain))
+    facts = facts_of(record, {"Prompts": shown})
+    return write_report(path, Report("Pictures named by words", subtitle, headline, sections, facts))

@@ -1,0 +1,125 @@
+"""The scheduler_config.json of diffusers in jaxdiff's words: how a network was trained, and how it wants to be sampled.
+
+A key that only another of the known classes has is left aside, as in diffusers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.strict_json import decode, read_strict_json
+from jaxdiff.recipes.diffusers_config import check_class, look_up, with_defaults
+from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
+from jaxdiff.settings import SamplerName
+
+_BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+_STEPS = {"prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE = {**_BETAS, **_STEPS, "timestep_spacing": "linspace", "use_karras_sigmas": False}
+_CLIPS = {"clip_sample": True, "clip_sample_range": 1.0}
+_TERMINAL = {"rescale_betas_zero_snr": False}
+SCHEDULERS: dict[str, tuple[SamplerName, dict[str, Any]]] = {
+    "DDPMScheduler": ("ddpm", {**_BETAS, **_STEPS, **_CLIPS, **_TERMINAL}),
+    "DDIMScheduler": ("ddim", {**_BETAS, **_STEPS, **_CLIPS, **_TERMINAL, "set_alpha_to_one": True}),
+    "PNDMScheduler": ("pndm", {**_BETAS, **_STEPS, "set_alpha_to_one": False}),
+    "EulerDiscreteScheduler": ("euler", {**_LINSPACE, **_TERMINAL}),
+    "HeunDiscreteScheduler": (
+        "heun",
+        {**_LINSPACE, "beta_start": 0.00085, "beta_end": 0.012, **_CLIPS, "clip_sample": False},
+    ),
+    "DPMSolverMultistepScheduler": ("dpm++2m", {**_LINSPACE, **_TERMINAL, "algorithm_type": "dpmsolver++"}),
+    "UniPCMultistepScheduler": ("unipc", {**_LINSPACE, **_TERMINAL}),
+}
+"""By class: the sampler that it is, and the defaults of the keys that may vary."""
+FIXED: dict[str, tuple[Any, ...]] = {
+    "trained_betas": (None,),
+    "thresholding": (False,),
+    "timestep_values": (None,),
+    "predict_epsilon": (True,),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "use_dynamic_shifting": (False,),
+    "final_sigmas_type": ("zero",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "shift_terminal": (None,),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2"),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
+    # Keys that choose between ways of one sampler: the choice is the user's when sampling.
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
+    "skip_prk_steps": (False, True),
+    "tensor_format": ("pt", "np"),
+}
+"""Keys with the few values that jaxdiff has, of any class."""
+WITHOUT_EFFECT = {
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "flow_shift",
+    "time_shift_type",
+    "lambda_min_clipped",
+}
+"""Keys that mean nothing where the keys above have those values."""
+
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+PREDICTION_TYPES = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
+SPACINGS = {name: name for name in ("leading", "trailing", "linspace")}
+
+
+def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults, SamplerName]:
+    """Return what a scheduler_config.json says of training and of sampling, and its sampler.
+
+    Raises:
+      InputError: another class, or a key or value that jaxdiff does not have.
+    """
+    given = read_strict_json(path)
+    kind = check_class(path, given, SCHEDULERS)
+    sampler, defaults = SCHEDULERS[kind]
+    for name, values in FIXED.items():
+        if name in given and not any(given[name] == value for value in values):
+            raise InputError(f"{path}: {name} is {given[name]!r}; jaxdiff only has {', '.join(map(repr, values))}")
+    everywhere = {*FIXED, *WITHOUT_EFFECT, *(name for _, other in SCHEDULERS.values() for name in other)}
+    own = {name: value for name, value in given.items() if name in defaults or name not in everywhere}
+    fields = {
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "rescale_betas_zero_snr": False,
+        "set_alpha_to_one": True,
+        "use_karras_sigmas": False,
+        "algorithm_type": "dpmsolver++",
+    }
+    fields |= with_defaults(path, own, defaults, {})
+    if fields["clip_sample"] and fields["clip_sample_range"] != 1:
+        raise InputError(f"{path}: clip_sample_range is {fields['clip_sample_range']!r}; jaxdiff only has 1")
+    kinds = {"dpmsolver++": sampler, "sde-dpmsolver++": "dpm++2m-sde"}
+    diffusion = {
+        "schedule": look_up(path, "beta_schedule", fields, SCHEDULES),
+        "num_train_timesteps": fields["num_train_timesteps"],
+        "beta_start": fields["beta_start"],
+        "beta_end": fields["beta_end"],
+        "prediction_type": look_up(path, "prediction_type", fields, PREDICTION_TYPES),
+        "zero_terminal_snr": fields["rescale_betas_zero_snr"],
+    }
+    spacing = look_up(path, "timestep_spacing", fields, SPACINGS)
+    try:
+        ends_clean, karras = (decode(bool, fields[name], name) for name in ("set_alpha_to_one", "use_karras_sigmas"))
+        sampling = {
+            "spacing": "karras" if karras else spacing,
+            "steps_offset": fields["steps_offset"],
+            "final": -1 if ends_clean else 0,
+            "clip": fields["clip_sample"],
+        }
+        return (
+            decode(ForwardProcess, diffusion),
+            decode(SamplingDefaults, sampling),
+            look_up(path, "algorithm_type", fields, kinds),
+        )
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
