@@ -148,6 +148,8 @@ def test_the_prediction_type_and_the_size_travel_with_the_file(made, tmp_path):
     version, _, folder = made
     scheduler = json.loads((folder / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == ("epsilon" if version == 1 else "v_prediction")
+    # As published: runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-2-1.
+    assert scheduler["_class_name"] == ("PNDMScheduler" if version == 1 else "DDIMScheduler")
     assert json.loads((folder / "out" / "unet" / "config.json").read_text())["sample_size"] == 8
     bare = tmp_path / "bare.safetensors"  # as others write them: no metadata
     save_file(load_file(folder / "single.safetensors"), bare)

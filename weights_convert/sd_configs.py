@@ -160,17 +160,18 @@ def implied_configs(layout: Layout, size: int) -> dict[str, Config]:
 
 
 def implied_scheduler(prediction_type: str) -> dict[str, Any]:
-    """Return the scheduler_config.json of the published models."""
+    """Return the scheduler_config.json of the published models: PNDM, but DDIM for 2.x, which predicts v."""
+    pndm = {"skip_prk_steps": True} if prediction_type == "epsilon" else {}
     return {
-        "_class_name": "PNDMScheduler",
+        "_class_name": "PNDMScheduler" if pndm else "DDIMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         **SCHEDULE,
         "prediction_type": prediction_type,
         "timestep_spacing": "leading",
         "steps_offset": 1,
         "set_alpha_to_one": False,
-        "skip_prk_steps": True,
         "clip_sample": False,
+        **pndm,
     }
 
 
