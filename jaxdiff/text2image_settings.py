@@ -19,6 +19,11 @@ class LatentModelSettings:
     """Branch, tag or commit of the model on the hub."""
     embeddings: tuple[Path, ...] = ()
     """Files of learned words (textual inversion), .safetensors, .bin or .pt."""
+    adapters: tuple[Path, ...] = ()
+    """Files of learned words and matrices (Custom Diffusion), made by textual_inversion; several are merged."""
+    captions: Path | None = None
+    """Text file of captions, one a line, that merging leaves as they are (arXiv 2212.04488); None means built-in ones.
+    Only with two --adapters or more."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of text encoder and UNet; None means bfloat16 on an accelerator and float32 on a CPU."""
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -29,6 +34,10 @@ class LatentModelSettings:
         require(
             self.revision is None or self.model not in ("tiny", "tiny-world"),
             f"--revision has no effect with --model {self.model}: drop it",
+        )
+        require(
+            self.captions is None or len(self.adapters) > 1,
+            "--captions has no effect without two --adapters to merge: drop it",
         )
 
 

@@ -41,6 +41,10 @@ class Config:
         require_at_least("devices", 1 if self.devices is None else self.devices, 1)
         own = self.model.model == "tiny-world"
         require(bool(self.concept) or own, '--concept must say what to learn, such as "<new1>:FOLDER:dog"')
+        require(
+            not self.model.adapters or self.training.kv_learning_rate is None,
+            "--kv-learning-rate learns an adapter of the model itself: drop --adapters",
+        )
         words = [text.split(":")[0] for text in self.concept]
         require(len(set(words)) == len(words), "--concept: a word stands for two concepts")
 
@@ -87,9 +91,9 @@ def run(config: Config) -> list[Path]:
         concepts, training = own_concept(training, mesh)
     parts = prepare_inversion(concepts, config.model, training, mesh)
     out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
-    check_same_data(out, parts.data, "the pictures of --concept, the texts or the weights of the model")
-    rows = train(parts, training, out)
-    return write_outputs(out, parts, rows, training, as_json(config), started)
+    check_same_data(out, parts.data.about, "the pictures of --concept, the texts or the weights of the model")
+    trained = train(parts, training, out)
+    return write_outputs(out, parts, trained, training, as_json(config), started)
 
 
 def main(args: Sequence[str] | None = None) -> int:

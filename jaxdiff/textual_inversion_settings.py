@@ -44,6 +44,18 @@ class InversionSettings(OptimizationSettings):
     turns a vector by --learning-rate, in radians; the paper's is 0.01."""
     direction_prior: float | None = None
     """Pull towards the initialiser's direction; None means the paper's 1e-4. Only with --fixed-norm."""
+    kv_learning_rate: float | None = None
+    """Learn the UNet's keys and values of the text too (Custom Diffusion, arXiv 2212.04488), at this peak rate, the
+    paper's being 1e-5 for each picture of a batch; None means words alone."""
+    adapter_rank: int | None = None
+    """Keep the learned matrices at this rank, in a smaller file; None means whole. Only with --kv-learning-rate."""
+    prior: tuple[str, ...] = ()
+    """Class pictures, FOLDER:TEXT, such as "pictures/dogs:a photo of a dog"; half of each batch, so that the class is
+    not forgotten (arXiv 2208.12242)."""
+    prior_weight: float | None = None
+    """Their weight in the loss, beside 1 for the concepts; None means 1. Only with --prior."""
+    mask: tuple[str, ...] = ()
+    """Where the subject is, <word>:FOLDER with a mask for each picture, of its name and size; only white counts."""
     loss_weighting: Literal["constant", "min_snr"] = "constant"
     """Weight of a timestep in the loss: none, or min-SNR with gamma 5 (arXiv 2303.09556)."""
     sample_prompts: tuple[str, ...] = ()
@@ -78,6 +90,19 @@ class InversionSettings(OptimizationSettings):
                 not self.fixed_norm or getattr(self, name) == getattr(type(self), name),
                 f"{as_flag(name)} has no effect with --fixed-norm, where every gradient is one long: drop it",
             )
+        for name, needed in (("adapter_rank", "kv_learning_rate"), ("prior_weight", "prior")):
+            require(
+                getattr(self, name) is None or getattr(self, needed) not in (None, ()),
+                f"{as_flag(name)} has no effect without {as_flag(needed)}: add it, or drop {as_flag(name)}",
+            )
+        for name in ("kv_learning_rate", "prior_weight"):
+            value = 1.0 if getattr(self, name) is None else getattr(self, name)
+            require(0 < value < math.inf, f"{as_flag(name)} must be positive and finite, got {value}")
+        require_at_least("adapter_rank", 1 if self.adapter_rank is None else self.adapter_rank, 1)
+        require(
+            not self.prior or self.batch_size % 2 == 0,
+            f"--prior fills every second place of a batch: --batch-size must be even, got {self.batch_size}",
+        )
         _ = self.pictures  # refuses what cannot be drawn
 
     @property

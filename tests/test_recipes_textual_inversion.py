@@ -17,13 +17,13 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.concept_pictures import TEMPLATES, parse_concept, read_concept_pictures, texts_of
 from jaxdiff.io.learned_embeddings import write_learned, write_learned_apart
 from jaxdiff.mesh import make_mesh, put_batch
+from jaxdiff.recipes.inversion_batches import Source, make_batches
 from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf
 from jaxdiff.recipes.stable_diffusion import decode_latents, make_latent_sampler
 from jaxdiff.recipes.text_to_image_model import prepare
 from jaxdiff.recipes.textual_inversion import (
     encode_pictures,
     initial_rows,
-    make_batches,
     make_inversion_loss,
     without_words,
 )
@@ -52,8 +52,12 @@ def world(tmp_path_factory):
     rows = initial_rows(params, pipeline.tokenizer, concepts, 2, mean=False)
     model, with_words = add_words(pipeline.model, params, pipeline.tokenizer, rows)
     mesh = make_mesh(1)
-    latents = [encode_pictures(model, with_words, read_concept_pictures(concept, 32), mesh) for concept in concepts]
-    batch_at = make_batches(texts_of(concepts), latents, pipeline.tokenizer, rows, BATCH, seed=5)
+    latents = [
+        encode_pictures(model, with_words, read_concept_pictures(concept, 32).pixels, mesh) for concept in concepts
+    ]
+    batch_at = make_batches(
+        [Source(*each) for each in zip(texts_of(concepts), latents)], pipeline.tokenizer, rows, BATCH, seed=5
+    )
     return theirs, model, params, rows, batch_at, pipeline.tokenizer, concepts
 
 
@@ -74,7 +78,7 @@ def test_what_learning_starts_from(world):
 
 def test_pictures_are_encoded_as_by_diffusers(world):
     theirs, model, params, *_, concepts = world
-    pixels = read_concept_pictures(concepts[0], 32)
+    pixels = read_concept_pictures(concepts[0], 32).pixels
     found = encode_pictures(model, params, pixels, make_mesh(1))
     with torch.no_grad():
         images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
@@ -231,10 +235,10 @@ def test_crops_are_squares_of_the_pictures_that_come_after_them(tmp_path):
     for name in "ab":
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     concept = parse_concept(f"<new>:{tmp_path}:cat")
-    whole, views = read_concept_pictures(concept, 50), read_concept_pictures(concept, 50, crops=3, seed=1)
+    whole, views = (read_concept_pictures(concept, 50, crops, seed=1).pixels for crops in (0, 3))
     assert views.shape == (8, 50, 50, 3)
     np.testing.assert_array_equal(views[:2], whole)
-    np.testing.assert_array_equal(views, read_concept_pictures(concept, 50, crops=3, seed=1))
+    np.testing.assert_array_equal(views, read_concept_pictures(concept, 50, 3, seed=1).pixels)
     corners = []
     for crop in views[2:].astype(int):
         wide, high = crop[25, -1, 0] - crop[25, 0, 0], crop[-1, 25, 1] - crop[0, 25, 1]

@@ -83,8 +83,16 @@ def diffusion_loss(
     weighting: Weighting = "constant",
     gamma: float = 5.0,
     logsnr_slope: Scale | float = 1.0,
+    mask: Float[Array, "B H W"] | None = None,
 ) -> Float[Array, "B"]:
-    """Return each image's weighted mean squared error, in float32."""
+    """Return each image's weighted mean squared error, in float32; a mask says how much each pixel counts in the mean.
+
+    Where a mask is 0 everywhere, so is the error.
+    """
     target = to_target(x_0, eps, alpha_t, sigma_t, prediction_type)
-    error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
+    error = jnp.mean(jnp.square(output - target), axis=-1)
+    if mask is None:
+        error = jnp.mean(error, axis=(1, 2))
+    else:
+        error = jnp.sum(mask * error, axis=(1, 2)) / jnp.maximum(jnp.sum(mask, axis=(1, 2)), 1e-6)
     return loss_weight(logsnr, weighting, prediction_type, gamma, logsnr_slope=logsnr_slope) * error

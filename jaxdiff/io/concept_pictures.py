@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.images import read_image, resize_image
@@ -66,6 +66,35 @@ class Concept:
     kind: Kind = "object"
 
 
+def parse_masks(texts: Sequence[str], concepts: Sequence[Concept]) -> dict[str, Path]:
+    """Return the folder of masks of each word that has one, from `<word>:FOLDER`.
+
+    Raises:
+      InputError: it is not that, no such folder, or no such word.
+    """
+    found = {}
+    for text in texts:
+        word, _, folder = text.partition(":")
+        if not folder or word in found or word not in {concept.word for concept in concepts}:
+            raise InputError(f"--mask {text!r}: must be <word>:FOLDER, once for a word of --concept")
+        if not Path(folder).expanduser().is_dir():
+            raise InputError(f"--mask {text!r}: {folder}: no such folder")
+        found[word] = Path(folder)
+    return found
+
+
+def parse_prior(text: str) -> tuple[Path, str]:
+    """Return folder and text of class pictures, from `FOLDER:TEXT`.
+
+    Raises:
+      InputError: it is not that.
+    """
+    folder, _, speaks = text.rpartition(":")
+    if not folder or not speaks.strip():
+        raise InputError(f'--prior {text!r}: must be FOLDER:TEXT, such as "pictures/dogs:a photo of a dog"')
+    return Path(folder), speaks.strip()
+
+
 def parse_concept(text: str) -> Concept:
     """Return the concept that a flag describes.
 
@@ -83,50 +112,103 @@ def parse_concept(text: str) -> Concept:
     return Concept(word, Path(folder), initializer.strip(), kind)
 
 
-def read_concept_pictures(
-    concept: Concept, size: int, crops: int = 0, seed: int = 0
-) -> UInt8[np.ndarray, "N size size 3"]:
-    """Return the pictures of a concept, cut to squares and resized; those that cannot be read are left out and named.
+class ConceptPictures(NamedTuple):
+    """Pictures of one size, all whole ones first, then their crops.
 
-    All whole pictures come first, then their crops.
+    Attributes:
+      pixels: squares.
+      masks: in [0, 1], how much each pixel counts; None where all count.
+      whole: number of whole pictures.
+    """
+
+    pixels: UInt8[np.ndarray, "N size size 3"]
+    masks: Float[np.ndarray, "N size size"] | None
+    whole: int
+
+    def with_mirror_images(self) -> "ConceptPictures":
+        """Return these and their mirror images."""
+        masks = None if self.masks is None else np.concatenate([self.masks, self.masks[:, :, ::-1]])
+        return ConceptPictures(np.concatenate([self.pixels, self.pixels[:, :, ::-1]]), masks, self.whole)
+
+
+def read_concept_pictures(
+    concept: Concept, size: int, crops: int = 0, seed: int = 0, masks: Path | None = None
+) -> ConceptPictures:
+    """Return the pictures of a concept; those that cannot be read are left out and named.
 
     Args:
       concept: whose pictures.
-      size: height and width in pixels.
+      size: height and width in pixels, after cutting to squares.
       crops: random squares of each picture.
       seed: of the squares.
+      masks: folder of one picture for each picture, of its name and size, white where it counts.
 
     Raises:
-      InputError: no such folder, or no picture that can be read.
+      InputError: no such folder, no picture that can be read, or one without its mask.
     """
-    folder = concept.folder.expanduser()
-    if not folder.is_dir():
-        raise InputError(f"--concept {concept.word}: {concept.folder}: no such folder")
+    return read_views(f"--concept {concept.word}", concept.folder, size, crops, seed, masks)
+
+
+def read_views(
+    what: str, folder: Path, size: int, crops: int = 0, seed: int = 0, masks: Path | None = None
+) -> ConceptPictures:
+    """Do what `read_concept_pictures` does, in a folder whose errors begin with `what`."""
+    if not folder.expanduser().is_dir():
+        raise InputError(f"{what}: {folder}: no such folder")
     found: list[UInt8[np.ndarray, "_ _ 3"]] = []
-    cropped, faults = [], []
-    for path in pictures(folder):
+    shown: list[UInt8[np.ndarray, "_ _ 3"]] = []
+    cropped, cropped_shown, faults = [], [], []
+    for path in pictures(folder.expanduser()):
         try:
             pixels = read_image(path)
             if min(pixels.shape[:2]) < LEAST_SIDE:
                 raise OSError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, too few to show anything")
-            rng = np.random.default_rng([seed, len(found)])
-            cropped += [resize_image(cut_square(pixels, rng), size) for _ in range(crops)]
-            found.append(resize_image(pixels, size))
         except OSError as error:
             faults.append(f"{path.name}: {error}")
+            continue
+        squares = np.random.default_rng([seed, len(found)])
+        cuts = [draw_square(pixels.shape[0], pixels.shape[1], squares) for _ in range(crops)]
+        cropped += [resize_image(pixels[cut], size) for cut in cuts]
+        found.append(resize_image(pixels, size))
+        if masks is not None:
+            mask = read_mask(masks, path, pixels.shape[:2])
+            cropped_shown += [resize_image(mask[cut], size) for cut in cuts]
+            shown.append(resize_image(mask, size))
     if not found:
         more = f"; the first of {len(faults)} that cannot be read is {faults[0]}" if faults else ""
-        raise InputError(f"--concept {concept.word}: {concept.folder}: holds no picture to learn from{more}")
+        raise InputError(f"{what}: {folder}: holds no picture to learn from{more}")
     for fault in faults:
         print(f"left out: {fault}")
-    return np.stack(found + cropped)
+    counted = None if masks is None else np.stack(shown + cropped_shown)[..., 0].astype(np.float32) / 255
+    return ConceptPictures(np.stack(found + cropped), counted, len(found))
 
 
-def cut_square(pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "side side 3"]:
-    """Return a random square of a picture."""
-    side = max(1, round(rng.uniform(LEAST_CROP, 1) * min(pixels.shape[:2])))
-    top, left = (int(rng.integers(length - side + 1)) for length in pixels.shape[:2])
-    return pixels[top : top + side, left : left + side]
+def read_mask(folder: Path, picture: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "H W 3"]:
+    """Return the mask of a picture of that height and width.
+
+    Raises:
+      InputError: there is none, it cannot be read, is of another size, or black.
+    """
+    named = [path for path in pictures(folder.expanduser()) if path.stem == picture.stem]
+    if len(named) != 1:
+        raise InputError(f"--mask {folder}: must hold one mask named {picture.stem}, holds {len(named)}")
+    try:
+        mask = read_image(named[0])
+    except OSError as error:
+        raise InputError(f"--mask {named[0]}: {error}") from error
+    if mask.shape[:2] != shape:
+        sizes = " instead of ".join(f"{width}x{height}" for height, width in (mask.shape[:2], shape))
+        raise InputError(f"--mask {named[0]}: {sizes} pixels, which its picture has")
+    if not mask[..., 0].any():
+        raise InputError(f"--mask {named[0]}: black, so that nothing of its picture would count")
+    return mask
+
+
+def draw_square(height: int, width: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Return rows and columns of a random square of a picture."""
+    side = max(1, round(rng.uniform(LEAST_CROP, 1) * min(height, width)))
+    top, left = (int(rng.integers(length - side + 1)) for length in (height, width))
+    return slice(top, top + side), slice(left, left + side)
 
 
 def texts_of(concepts: Sequence[Concept], templates: Path | None = None) -> list[list[str]]:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.io.images import to_float
 from jaxdiff.mesh import round_up
+from jaxdiff.recipes.custom_diffusion import zero_deltas
 from jaxdiff.recipes.inversion_training import choose_optimizer
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_model import drawing_programs, list_memory, read_shapes
@@ -34,6 +35,7 @@ def describe_memory(
     # What the rows are changes no shape, nor does how long the model's words are.
     rows = {word: np.ones((training.vectors_per_token, text.hidden_size), np.float32) for word in words}
     start, _, optimizer, _ = choose_optimizer(training, rows, np.ones((1, text.hidden_size)))
+    deltas = zero_deltas(params) if training.kv_learning_rate is not None else {}
     longer = replace(text, vocab_size=get_leaf(params, TABLE).shape[0] + sum(map(len, rows.values())))
     learning = replace(model, text_encoder=model.text_encoder.clone(config=longer))
     loss_fn = make_inversion_loss(learning, list(rows), training.loss_weighting)
@@ -49,7 +51,9 @@ def describe_memory(
     def encode(vae, pixels):
         return learning.autoencoder.apply({"params": vae}, to_float(pixels), method="encode")
 
-    state = create_state({word: jnp.asarray(row) for word, row in start.items()}, optimizer, jax.random.key(0), mesh)
+    state = create_state(
+        {name: jnp.asarray(leaf) for name, leaf in (start | deltas).items()}, optimizer, jax.random.key(0), mesh
+    )
     at_once = round_up(PICTURES_AT_ONCE, mesh)
     pixels = jax.ShapeDtypeStruct((at_once, size, size, 3), jnp.uint8)
     return list_memory(params, {

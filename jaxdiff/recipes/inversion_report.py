@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from jaxdiff.io.adapters import Adapter, Deltas, write_adapter
 from jaxdiff.io.images import write_png
 from jaxdiff.io.learned_embeddings import Learned, write_learned, write_learned_apart
 from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
+from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, split_trained, write_for_diffusers
 from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_report import shrink, strip
 from jaxdiff.textual_inversion_settings import InversionSettings
 
-WORDS = "learned_embeds.safetensors"
+WORDS, ADAPTER = "learned_embeds.safetensors", "adapter.safetensors"
 SMOOTHED = 10
 """Logged losses that the smooth line averages."""
 
@@ -26,16 +28,18 @@ SMOOTHED = 10
 def write_outputs(
     out: Path,
     parts: InversionParts,
-    rows: Learned,
+    trained: Mapping[str, np.ndarray],
     training: InversionSettings,
     config: Mapping[str, Any],
     started: float,
 ) -> list[Path]:
     """Draw with the learned words, write everything, and return the paths."""
+    rows, deltas = split_trained(trained, parts.words)
     write_learned(out / WORDS, rows)
-    apart = write_learned_apart(out / WORDS, rows) if len(rows) > 1 else []
+    words = [out / WORDS, *(write_learned_apart(out / WORDS, rows) if len(rows) > 1 else [])]
+    adapters = write_adapters(out, parts, rows, deltas, training) if deltas else []
     prompts = prompts_of(parts, training)
-    pictures = draw_pictures(parts, training, rows)
+    pictures = draw_pictures(parts, training, trained)
     write_png(out / "grid.png", make_grid(pictures, prompts, "With the learned words"))
     table = np.asarray(get_leaf(parts.frozen, TABLE), np.float32)
     lines = read_lines(out / METRICS)
@@ -51,10 +55,17 @@ def write_outputs(
     if checked:
         figures |= {f"{when}.{name}": value for when, line in (("first", checked[0]), ("last", checked[-1]))
                     for name, value in line.items() if name != "step"}  # fmt: skip
+    if deltas:
+        size = np.sqrt(sum(float(np.square(delta, dtype=np.float64).sum()) for delta in deltas.values()))
+        figures["moved.matrices"] = float(size)
     figures["seconds"] = time.perf_counter() - started
     mesh = parts.drawing.mesh
     device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    hashes = {"params": tree_hash(parts.frozen), "rows": tree_hash(rows)}
+    hashes = {
+        "params": tree_hash(parts.frozen),
+        "rows": tree_hash(rows),
+        **({"matrices": tree_hash(deltas)} if deltas else {}),
+    }
     results = write_results(out, figures, config, hashes, device)
     record = read_json(results)
     sections = [
@@ -67,7 +78,7 @@ def write_outputs(
                 Picture(strip(np.stack([shrink(picture) for picture in found[:8]])),
                         f"{len(found)} pictures, cut to squares.", wide=True)
             ])
-            for concept, found in zip(parts.concepts, parts.originals)
+            for concept, found in zip(parts.concepts, parts.data.originals)
         ),
         Section("Training", training_blocks(losses, checked, rows, figures),
                 "The loss of a step says little: most of it depends on the timesteps drawn. That by timestep is taken "
@@ -82,7 +93,16 @@ def write_outputs(
         facts_of(record),
     )
     grids = [out / "grids"] if (out / "grids").exists() else []
-    return [out / WORDS, *apart, out / "grid.png", *grids, results, write_report(out / "report.html", report)]
+    return [*words, *adapters, out / "grid.png", *grids, results, write_report(out / "report.html", report)]
+
+
+def write_adapters(
+    out: Path, parts: InversionParts, rows: Learned, deltas: Deltas, training: InversionSettings
+) -> list[Path]:
+    """Write words and matrices together, for text2image, and the matrices as diffusers reads them."""
+    write_adapter(out / ADAPTER, Adapter(parts.base, rows, deltas), training.adapter_rank)
+    write_for_diffusers(out / DIFFUSERS_FILE, parts.frozen, deltas)
+    return [out / ADAPTER, out / DIFFUSERS_FILE]
 
 
 def training_blocks(

@@ -14,28 +14,28 @@ from jaxtyping import UInt8
 
 from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.concept_pictures import Concept, read_concept_pictures, texts_of
+from jaxdiff.io.concept_pictures import Concept, texts_of
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
-from jaxdiff.io.provenance import tree_hash
 from jaxdiff.mesh import replicated
+from jaxdiff.recipes.custom_diffusion import Trained, base_hash, split_trained, zero_deltas
 from jaxdiff.recipes.directional import directional, with_norm
+from jaxdiff.recipes.inversion_batches import make_batches
+from jaxdiff.recipes.inversion_data import InversionData, read_data
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.loop import TrainingLoop
 from jaxdiff.recipes.stable_diffusion import Params
 from jaxdiff.recipes.text_to_image import TextToImage, make_jobs
-from jaxdiff.recipes.text_to_image_model import prepare
+from jaxdiff.recipes.text_to_image_model import prepare, read_all_learned
 from jaxdiff.recipes.text_to_image_report import shrink
 from jaxdiff.recipes.textual_inversion import (
     InversionBatch,
-    Rows,
-    encode_pictures,
     initial_rows,
-    make_batches,
     make_inversion_loss,
-    with_rows,
+    with_trained,
+    without_words,
 )
 from jaxdiff.recipes.timestep_bands import make_check
 from jaxdiff.recipes.tiny_world import PICTURES, TEXTS, UNKNOWN, tiny_world_folder
@@ -54,12 +54,12 @@ class InversionParts:
       frozen: the parameters of the model, which never change.
       batch_at: batch of step k.
       check_at: the same with as many pictures as a step has in memory at once.
-      optimizer: of the rows, with its learning rate.
+      optimizer: of what is learned, with the learning rate of the rows.
       state: at step 0.
       start: the rows at step 0.
-      originals: the pictures of each concept.
-      texts: that speak of each concept.
-      finish: from averaged rows to those that are kept.
+      data: the pictures and texts.
+      finish: from averages to what is kept.
+      base: hash of the model, where an adapter is learned.
     """
 
     concepts: Sequence[Concept]
@@ -71,29 +71,14 @@ class InversionParts:
     learning_rate: optax.Schedule
     state: TrainState
     start: Learned
-    originals: Sequence[UInt8[np.ndarray, "_ H W 3"]]
-    texts: Sequence[list[str]]
-    finish: Callable[[Rows], Rows]
+    data: InversionData
+    finish: Callable[[Trained], Trained]
+    base: str
 
     @property
     def words(self) -> list[str]:
         """What is learned, in the order of the rows."""
         return [concept.word for concept in self.concepts]
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the data check of a run's folder keeps: how many pictures and texts each word has, and a hash of all.
-
-        The hash covers the weights too, so that a run cannot go on with others from a folder of the same name.
-        """
-        pictures = dict(zip(self.words, self.originals))
-        texts = {word: np.array(found) for word, found in zip(self.words, self.texts)}
-        weights = np.array(self.drawing.about["sha256"])
-        return {
-            "pictures": {word: len(pixels) for word, pixels in pictures.items()},
-            "texts": {word: len(found) for word, found in texts.items()},
-            "sha256": tree_hash({"pictures": pictures, "texts": texts, "weights": weights}),
-        }
 
     @property
     def prompts(self) -> list[str]:
@@ -135,71 +120,79 @@ def prepare_inversion(
     Raises:
       InputError: the model or a concept cannot be read, or they do not fit each other.
     """
-    texts = texts_of(concepts, training.templates)
+    texts_of(concepts, training.templates)  # refuses a file of texts before the model is read
+    known = sum(map(len, read_all_learned(model).values()))
     frozen: list[Params] = []
     first: list[Learned] = []
+    base: list[str] = []
 
     def learn(params: Params, tokenizer: Any) -> Learned:
         frozen.append(params)
+        if training.kv_learning_rate is not None:
+            base.append(base_hash(without_words(params, known)))
         first.append(initial_rows(params, tokenizer, concepts, training.vectors_per_token, training.mean_initializer))
         return first[0]
 
     drawing = prepare(model, training.pictures, mesh, learn)
-    size = drawing.size[0]
-    views = [read_concept_pictures(concept, size, training.crops, training.seed) for concept in concepts]
-    originals = [found[: len(found) // (1 + training.crops)] for found in views]
-    for concept, found in zip(concepts, originals):
-        kind = "a style" if concept.kind == "style" else "an object"
-        print(f"{concept.word}: {len(found)} pictures, learned as {kind} from {concept.initializer!r}")
-    if training.flip:
-        views = [np.concatenate([found, found[:, :, ::-1]]) for found in views]
-    latents = [encode_pictures(drawing.model, drawing.params, pixels, mesh) for pixels in views]
+    data = read_data(concepts, training, drawing)
+    deltas = zero_deltas(frozen[0]) if training.kv_learning_rate is not None else {}
     start, finish, optimizer, learning_rate = choose_optimizer(training, first[0], get_leaf(frozen[0], TABLE))
-    whole = training.batch_size
-    batch_at, check_at = (
-        make_batches(texts, latents, drawing.tokenizer, start, count, training.seed)
-        for count in (whole, whole // training.accumulation_steps)
-    )
-    rows = {word: jnp.asarray(row) for word, row in start.items()}
+    whole, tokenizer = training.batch_size, drawing.tokenizer
+    weight = 1.0 if training.prior_weight is None else training.prior_weight
     return InversionParts(
         concepts,
         drawing,
         jax.device_put(frozen[0], replicated(mesh)),
-        batch_at,
-        check_at,
+        make_batches(data.concepts, tokenizer, start, whole, training.seed, data.priors, weight),
+        make_batches(data.concepts, tokenizer, start, whole // training.accumulation_steps, training.seed),
         optimizer,
         learning_rate,
-        create_state(rows, optimizer, stream_key(training.seed, Stream.TRAINING), mesh),
+        create_state(
+            {name: jnp.asarray(leaf) for name, leaf in (start | deltas).items()},
+            optimizer,
+            stream_key(training.seed, Stream.TRAINING),
+            mesh,
+        ),
         start,
-        originals,
-        texts,
+        data,
         finish,
+        base[0] if base else "",
     )
 
 
 def choose_optimizer(
     training: InversionSettings, initial: Learned, table: Any
-) -> tuple[Learned, Callable[[Rows], Rows], optax.GradientTransformation, optax.Schedule]:
-    """Return where the rows start, what is done with their average, and the optimizer with its learning rate."""
-    adamw, learning_rate = make_optimizer(
-        training.learning_rate,
-        training.warmup_steps,
-        training.train_steps,
-        training.weight_decay,
-        training.clip_norm,
-    )
-    if not training.fixed_norm:
-        return initial, lambda rows: rows, adamw, learning_rate
-    norms = np.linalg.norm(np.asarray(table, np.float32), axis=1)
-    norm = float(norms[norms > 0].mean())
-    start = {word: np.asarray(row) for word, row in with_norm(initial, norm).items()}
-    prior = 1e-4 if training.direction_prior is None else training.direction_prior
-    # The average of directions lies inside the sphere.
-    return start, lambda rows: with_norm(rows, norm), directional(learning_rate, norm, initial, prior), learning_rate
+) -> tuple[Learned, Callable[[Trained], Trained], optax.GradientTransformation, optax.Schedule]:
+    """Return where the rows start, what is done with averages, and the optimizer with the learning rate of the rows."""
+
+    def adamw(rate: float) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        steps = training.warmup_steps, training.train_steps
+        return make_optimizer(rate, *steps, training.weight_decay, training.clip_norm)
+
+    optimizer, learning_rate = adamw(training.learning_rate)
+    start, finish = initial, lambda trained: trained
+    if training.fixed_norm:
+        norms = np.linalg.norm(np.asarray(table, np.float32), axis=1)
+        norm = float(norms[norms > 0].mean())
+        start = {word: np.asarray(row) for word, row in with_norm(initial, norm).items()}
+        prior = 1e-4 if training.direction_prior is None else training.direction_prior
+        optimizer = directional(learning_rate, norm, initial, prior)
+
+        def finish(trained: Trained) -> Trained:
+            # The average of directions lies inside the sphere.
+            rows, deltas = split_trained(trained, list(initial))
+            return {**with_norm(rows, norm), **deltas}
+
+    if training.kv_learning_rate is not None:
+        optimizer = optax.multi_transform(
+            {"rows": optimizer, "matrices": adamw(training.kv_learning_rate)[0]},
+            lambda trained: {name: "rows" if name in initial else "matrices" for name in trained},
+        )
+    return start, finish, optimizer, learning_rate
 
 
-def train(parts: InversionParts, training: InversionSettings, out: Path) -> Learned:
-    """Train from the last good checkpoint, or from step 0, to the end; return the averaged rows."""
+def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict[str, np.ndarray]:
+    """Train from the last good checkpoint, or from step 0, to the end; return the averages of all that is learned."""
     checkpoints = Checkpoints(out / "checkpoints")
     state, start = checkpoints.restore(parts.state) or (parts.state, 0)
     if start:
@@ -209,8 +202,8 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> Lear
     loss_fn = make_inversion_loss(drawing.model, parts.words, training.loss_weighting)
     check = make_check(drawing.model, parts.words, parts.frozen, parts.check_at, parts.finish, drawing.mesh)
 
-    def draw_grid(step: int, rows: Any) -> None:
-        pixels = draw_pictures(parts, training, parts.finish(rows))
+    def draw_grid(step: int, trained: Any) -> None:
+        pixels = draw_pictures(parts, training, parts.finish(trained))
         write_png(
             out / "grids" / f"step_{step:07d}.png", make_grid(pixels, prompts_of(parts, training), f"Step {step:,}")
         )
@@ -239,7 +232,7 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> Lear
     finally:
         log.close()
         checkpoints.close()
-    return {word: np.asarray(row) for word, row in parts.finish(state.ema_params).items()}
+    return {name: np.asarray(leaf) for name, leaf in parts.finish(state.ema_params).items()}
 
 
 def prompts_of(parts: InversionParts, training: InversionSettings) -> list[str]:
@@ -247,10 +240,12 @@ def prompts_of(parts: InversionParts, training: InversionSettings) -> list[str]:
     return list(training.sample_prompts) or parts.prompts
 
 
-def draw_pictures(parts: InversionParts, training: InversionSettings, rows: Any) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """Draw all texts with these rows, from the same noises every time."""
+def draw_pictures(
+    parts: InversionParts, training: InversionSettings, trained: Trained
+) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """Draw all texts with what is learned, from the same noises every time."""
     prompts = prompts_of(parts, training)
-    params = with_rows(parts.frozen, {word: jnp.asarray(rows[word]) for word in parts.words})
+    params = with_trained(parts.frozen, {name: jnp.asarray(leaf) for name, leaf in trained.items()}, parts.words)
     jobs = make_jobs(prompts, training.sample_images)
     return [pixels for _, pixels in parts.drawing.draw(jobs, prompts, params)]
 

@@ -14,7 +14,9 @@ from jaxdiff.io.learned_embeddings import Learned, read_learned
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import replicated, round_up
+from jaxdiff.recipes.custom_diffusion import read_adapters, words_of
 from jaxdiff.recipes.learned_words import add_words
+from jaxdiff.recipes.merging import with_adapters
 from jaxdiff.recipes.pipeline_folder import read_models
 from jaxdiff.recipes.pretrained_pipeline import FlaxStableDiffusionPipeline
 from jaxdiff.recipes.stable_diffusion import (
@@ -66,8 +68,10 @@ def prepare(
         pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
             name, revision=settings.revision, dtype=dtype, decode_dtype=settings.decode_dtype
         )
-    learned = read_all_learned(settings)
+    adapters = read_adapters(settings.adapters, params)
+    learned = add_learned(read_all_learned(settings), words_of(adapters), "--adapters")
     model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
+    params = with_adapters(model, params, pipeline.tokenizer, adapters, settings.captions)
     more = learn(params, pipeline.tokenizer)
     model, params = add_words(model, params, pipeline.tokenizer, more)
     learned |= more
@@ -95,11 +99,15 @@ def read_all_learned(settings: LatentModelSettings) -> Learned:
     """
     learned: Learned = {}
     for path in settings.embeddings:
-        found = read_learned(path)
-        if twice := sorted(found.keys() & learned.keys()):
-            raise InputError(f"--embeddings {path}: {twice[0]} is in another file too")
-        learned |= found
+        learned = add_learned(learned, read_learned(path), f"--embeddings {path}")
     return learned
+
+
+def add_learned(learned: Learned, more: Learned, what: str) -> Learned:
+    """Return both; raise InputError, which begins with `what`, where a word comes twice."""
+    if twice := sorted(more.keys() & learned.keys()):
+        raise InputError(f"{what}: {twice[0]} is in another file too")
+    return learned | more
 
 
 def picture_size(model: StableDiffusion, pictures: PictureSettings) -> tuple[int, int]:

@@ -3,11 +3,12 @@
     (1)  rows = argmin E |eps - eps_hat(x_t, t, c(text; rows))|^2        (equation 2; v for models that predict v)
     (2)  x_0 = scaling_factor (mean + std z),  z drawn anew each step    (mean and std of each picture known beforehand)
 
-The rows are the only parameters that the optimiser knows. Inside the step they stand below the frozen table, so the
-gradient of (1) passes through the text encoder, and nothing else can move.
+The rows, and in Custom Diffusion some matrices of the UNet, are the only parameters that the optimiser knows. Inside
+the step the rows stand below the frozen table, so the gradient of (1) passes through the text encoder, and nothing else
+can move.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,8 @@ from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import replicated, round_up
 from jaxdiff.models.autoencoder import LatentNormal
-from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf, spell_out
+from jaxdiff.recipes.custom_diffusion import Trained, split_trained, with_deltas
+from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf
 from jaxdiff.recipes.sampling import in_batches
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion, encode_texts
 from jaxdiff.recipes.training import LossFn
@@ -42,11 +44,15 @@ class InversionBatch(NamedTuple):
       input_ids: tokens, (B, L).
       mean: of the latents, (B, h, w, c).
       log_variance: of the latents, (B, h, w, c).
+      weight: of each picture in the mean loss, (B,); None means 1.
+      mask: how much each latent pixel counts, (B, h, w); None means all the same.
     """
 
     input_ids: Any
     mean: Any
     log_variance: Any
+    weight: Any = None
+    mask: Any = None
 
 
 def initial_rows(
@@ -84,6 +90,12 @@ def with_rows(params: Params, rows: Rows) -> Params:
     return set_leaf(params, TABLE, jnp.concatenate([table, *(row.astype(table.dtype) for row in rows.values())]))
 
 
+def with_trained(params: Params, trained: Trained, words: Sequence[str]) -> Params:
+    """Return the parameters with all that is learned: the rows of the words, and what is added to matrices."""
+    rows, deltas = split_trained(trained, words)
+    return with_rows(with_deltas(params, deltas), rows)
+
+
 def make_inversion_loss(
     model: StableDiffusion,
     words: Sequence[str],
@@ -91,7 +103,7 @@ def make_inversion_loss(
     gamma: float = 5.0,
     timesteps: tuple[Any, Any] | None = None,
 ) -> LossFn:
-    """Return equation (1) as `(rows, batch, keys, frozen parameters) -> mean loss`.
+    """Return equation (1) as `(what is learned, batch, keys, frozen parameters) -> mean loss`.
 
     Args:
       model: from `add_words`, whose text encoder has room for the rows.
@@ -102,10 +114,10 @@ def make_inversion_loss(
     """
     loss_fn = make_latent_loss(model, weighting, gamma, timesteps)
 
-    def loss_of_rows(rows: Rows, batch: InversionBatch, keys: ImageKeys, frozen: Params) -> jax.Array:
-        return loss_fn(with_rows(frozen, {word: rows[word] for word in words}), batch, keys)
+    def loss_of_trained(trained: Trained, batch: InversionBatch, keys: ImageKeys, frozen: Params) -> jax.Array:
+        return loss_fn(with_trained(frozen, trained, words), batch, keys)
 
-    return loss_of_rows
+    return loss_of_trained
 
 
 def make_latent_loss(
@@ -145,8 +157,9 @@ def make_latent_loss(
             weighting,
             gamma,
             schedule.logsnr_slope(t),
+            batch.mask,
         )
-        return jnp.mean(losses)
+        return jnp.mean(losses if batch.weight is None else batch.weight * losses)
 
     return loss_fn
 
@@ -172,41 +185,7 @@ def encode_pictures(
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def make_batches(
-    texts: Sequence[Sequence[str]],
-    latents: Sequence[LatentNormal],
-    tokenizer: CLIPTokenizer,
-    learned: Learned,
-    batch_size: int,
-    seed: int,
-) -> Callable[[int], InversionBatch]:
-    """Return batch k as a pure function of (seed, k): concept, picture and text of each place are drawn evenly.
-
-    Args:
-      texts: that speak of each concept.
-      latents: of the pictures of each.
-      tokenizer: which knows the words.
-      learned: their rows, however many.
-      batch_size: pictures of a batch.
-      seed: of the draws.
-    """
-    length = tokenizer.context_length
-    ids_of = [tokenizer([spell_out(text, learned) for text in found], length=length).input_ids for found in texts]
-
-    def batch_at(step: int) -> InversionBatch:
-        rng = np.random.default_rng([seed, step])
-        chosen = rng.integers(len(ids_of), size=batch_size)
-        places = [rng.integers(len(latents[concept].mean)) for concept in chosen]
-        ids = np.stack([ids_of[concept][rng.integers(len(ids_of[concept]))] for concept in chosen])
-        mean, log_variance = (
-            np.stack([np.asarray(part[concept])[place] for concept, place in zip(chosen, places)])
-            for part in zip(*((found.mean, found.log_variance) for found in latents))
-        )
-        return InversionBatch(ids, mean, log_variance)
-
-    return batch_at
-
-
 def without_words(params: Params, rows: int) -> Params:
     """Return the parameters with the last rows of the table, which are learned, left out."""
-    return set_leaf(params, TABLE, get_leaf(params, TABLE)[:-rows])
+    table = get_leaf(params, TABLE)
+    return set_leaf(params, TABLE, table[: len(table) - rows])

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff.mesh import put_batch
+from jaxdiff.recipes.custom_diffusion import Trained
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion
-from jaxdiff.recipes.textual_inversion import InversionBatch, Rows, make_inversion_loss
+from jaxdiff.recipes.textual_inversion import InversionBatch, make_inversion_loss
 from jaxdiff.recipes.training import image_keys_at
 
 BANDS = 4
@@ -34,17 +35,17 @@ def make_check(
     words: Sequence[str],
     frozen: Params,
     batch_at: Callable[[int], InversionBatch],
-    finish: Callable[[Rows], Rows],
+    finish: Callable[[Trained], Trained],
     mesh: Mesh,
-) -> Callable[[Rows], dict[str, jax.Array]]:
-    """Return the loss in each band of timesteps, and their mean, as a function of averaged rows.
+) -> Callable[[Trained], dict[str, jax.Array]]:
+    """Return the loss in each band of timesteps, and their mean, as a function of averages of what is learned.
 
     Args:
       model: from `add_words`.
       words: in the order in which they were added.
       frozen: the model's parameters without the rows.
       batch_at: batch k.
-      finish: from averaged rows to those that are kept.
+      finish: from averages to what is kept.
       mesh: devices.
     """
     size = len(batch_at(0).mean)
@@ -55,13 +56,13 @@ def make_check(
     bands = band_names(model.diffusion.num_train_timesteps)
 
     @jax.jit
-    def loss_in(rows, batch, keys, frozen, low, high):
-        return make_inversion_loss(model, words, timesteps=(low, high))(rows, batch, keys, frozen)
+    def loss_in(trained, batch, keys, frozen, low, high):
+        return make_inversion_loss(model, words, timesteps=(low, high))(trained, batch, keys, frozen)
 
-    def check(rows: Rows) -> dict[str, jax.Array]:
-        rows = finish(rows)
+    def check(trained: Trained) -> dict[str, jax.Array]:
+        trained = finish(trained)
         found = {
-            name: jnp.mean(jnp.stack([loss_in(rows, *batch, frozen, *ends) for batch in batches]))
+            name: jnp.mean(jnp.stack([loss_in(trained, *batch, frozen, *ends) for batch in batches]))
             for name, ends in bands.items()
         }
         return {"validation_loss": jnp.mean(jnp.stack(list(found.values()))), **found}

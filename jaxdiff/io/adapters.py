@@ -1,0 +1,99 @@
+"""Adapters: learned words and what was learned of a network's matrices, in one small safetensors file.
+
+    word.<new1>       vectors of a word, (n, D)
+    unet.NAME         what is added to the matrix of that name in the UNet, its parts joined with dots, (in, out)
+    unet.NAME.left    the same as a product of two, (in, rank), ...
+    unet.NAME.right   ... and (rank, out)
+
+The metadata give the format, its version, and the hash of the model that the adapter was learned with.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxdiff.errors import InputError
+from jaxdiff.io.learned_embeddings import Learned
+from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
+
+FORMAT, VERSION = "jaxdiff.adapter", "1"
+WORD, UNET, LEFT, RIGHT = "word.", "unet.", ".left", ".right"
+Deltas = Mapping[str, Float[np.ndarray, "_ _"]]
+"""By name within the UNet, what is added to a matrix."""
+
+
+class Adapter(NamedTuple):
+    """What was learned beside a model that did not change.
+
+    Attributes:
+      base: hash of that model.
+      words: new words.
+      deltas: what is added to its matrices.
+    """
+
+    base: str
+    words: Learned
+    deltas: Deltas
+
+
+def write_adapter(path: Path, adapter: Adapter, rank: int | None = None) -> None:
+    """Write an adapter.
+
+    Args:
+      path: of the file.
+      adapter: what was learned.
+      rank: keep each matrix as the nearest of this rank; None means all of it.
+    """
+    tensors = {f"{WORD}{word}": np.asarray(rows, np.float32) for word, rows in adapter.words.items()}
+    for name, delta in adapter.deltas.items():
+        whole = np.asarray(delta, np.float32)
+        if rank is None or rank >= min(whole.shape):
+            tensors[f"{UNET}{name}"] = whole
+        else:
+            left, values, right = np.linalg.svd(whole.astype(np.float64), full_matrices=False)
+            tensors[f"{UNET}{name}{LEFT}"] = (left[:, :rank] * values[:rank]).astype(np.float32)
+            tensors[f"{UNET}{name}{RIGHT}"] = right[:rank].astype(np.float32)
+    write_safetensors(path, tensors, {"format": FORMAT, "version": VERSION, "base": adapter.base})
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter.
+
+    Raises:
+      InputError: missing, damaged, no adapter, or of a version that is not known.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise InputError(f"--adapters {path}: no such file")
+    file = read_safetensors(path)
+    about = getattr(file, "metadata", {})
+    if about.get("format") != FORMAT or not about.get("base"):
+        raise InputError(f"--adapters {path}: no adapter of jaxdiff; files of words alone are given by --embeddings")
+    if about.get("version") != VERSION:
+        raise InputError(
+            f"--adapters {path}: version {about.get('version')} of the format, but only {VERSION} is known"
+        )
+    words: Learned = {}
+    deltas: dict[str, np.ndarray] = {}
+    for name in file:
+        tensor = file[name]
+        check_finite(f"--adapters {path}", name, tensor)
+        if tensor.ndim != 2 or tensor.dtype != np.float32 or not name.startswith((WORD, UNET)):
+            raise InputError(f"--adapters {path}: {name} is neither vectors of a word nor a matrix of the UNet")
+        if name.startswith(WORD):
+            words[name.removeprefix(WORD)] = tensor
+        elif name.endswith(LEFT):
+            other = name.removesuffix(LEFT) + RIGHT
+            if other not in file or file[other].shape[:1] != tensor.shape[1:]:
+                raise InputError(f"--adapters {path}: {name} has no {other} that it could be multiplied with")
+            deltas[name.removeprefix(UNET).removesuffix(LEFT)] = tensor @ file[other]
+        elif not name.endswith(RIGHT):
+            deltas[name.removeprefix(UNET)] = tensor
+        elif name.removesuffix(RIGHT) + LEFT not in file:
+            raise InputError(f"--adapters {path}: {name} has no other half")
+    if not words and not deltas:
+        raise InputError(f"--adapters {path}: holds nothing")
+    return Adapter(about["base"], words, deltas)
