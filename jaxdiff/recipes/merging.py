@@ -1,13 +1,13 @@
-"""Adapters that were learned apart, in one model: keys and values merged in closed form (arXiv 2212.04488, section 3.2).
+"""Adapters that were learned apart, in one model: matrices merged in closed form (arXiv 2212.04488, section 3.2).
 
     (1)  W = argmin |C_reg (W - W_0)|^2 + ridge |W - W_0|^2,    so that  C W = V        (equation 4)
     (2)  W = W_0 + M^-1 C^T (C M^-1 C^T)^-1 (V - C W_0),        M = C_reg^T C_reg + ridge
-    (3)  a row of C is what the text encoder makes of a token of a new word, and the row of V is what the adapter of that
-         word makes of it: V - C W_0 = C D, with the D of that adapter
+    (3)  V - C W_0 = C D
 
-Matrices stand to the right of features here, as in the parameters. The rows of C_reg are all tokens of captions that
-have nothing to do with the new words. The ridge, which the paper lacks, is far below what they span; it keeps W where it
-was in directions that no caption takes.
+A row of C is what the text encoder makes of a token of a new word; (3) holds for the rows of each adapter with its own
+D. Matrices stand to the right of features, as in the parameters. The rows of C_reg are all tokens of captions that have
+nothing to do with the new words. The ridge, which the paper lacks, is far below what they span; it keeps W where it was
+in directions that no caption takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,11 @@ LARGEST_MISS = 1e-3
 """Most that C W may differ from V, as a share of the largest entry of V - C W_0."""
 TEXT = "a photo of {}"
 """Around a word, when its features are taken."""
-THINGS = ["a cat", "a dog", "a horse", "a bird", "a man", "a woman", "a child", "a crowd", "a face", "a hand", "a house", "a street", "a city", "a room", "a chair", "a table", "a car", "a bicycle", "a boat", "an aeroplane", "a tree", "a flower", "a forest", "a mountain", "the sea", "a river", "the sky", "a fruit", "a meal", "a cup", "a book", "a toy", "a dress", "a hat", "a machine", "a statue", "a lamp", "a clock", "a bridge", "a garden"]
+THINGS = (
+    "a cat|a dog|a horse|a bird|a man|a woman|a child|a crowd|a face|a hand|a house|a street|a city|a room|a chair|"
+    "a table|a car|a bicycle|a boat|an aeroplane|a tree|a flower|a forest|a mountain|the sea|a river|the sky|a fruit|"
+    "a meal|a cup|a book|a toy|a dress|a hat|a machine|a statue|a lamp|a clock|a bridge|a garden"
+)
 CAPTIONS = (
     "a photo of {0}",
     "a painting of {0}",
@@ -47,7 +51,8 @@ Features = Float[np.ndarray, "_ _"]
 
 def everyday_captions() -> list[str]:
     """Return captions of things that are seen every day, some of them in pairs."""
-    pairs = list(zip(THINGS, (*THINGS[1:], THINGS[0])))
+    things = THINGS.split("|")
+    pairs = list(zip(things, (*things[1:], things[0])))
     return [text.format(*pair) for text in CAPTIONS for pair in pairs]
 
 
@@ -70,7 +75,6 @@ def merge_deltas(
     Raises:
       InputError: an adapter has no word, or two ask for different things of the same features.
     """
-    learned = {word: rows for adapter in adapters for word, rows in adapter.words.items()}
     length = tokenizer.context_length
     gram = np.zeros((model.unet.config.cross_attention_dim,) * 2)
     encode = jax.jit(lambda params, ids: encode_texts(model, params, ids).astype(jnp.float32))
@@ -78,7 +82,7 @@ def merge_deltas(
         ids = tokenizer(list(captions[first : first + AT_ONCE]), length=length).input_ids
         features = np.asarray(encode(params, ids), np.float64).reshape(-1, len(gram))
         gram += features.T @ features
-    own = [features_of_words(model, params, tokenizer, adapter.words, learned) for adapter in adapters]
+    own = [features_of_words(model, params, tokenizer, adapter.words) for adapter in adapters]
     merge = make_merge(gram, np.concatenate(own))
     merged = {}
     for name in sorted({name for adapter in adapters for name in adapter.deltas}):
@@ -131,9 +135,7 @@ def make_merge(gram: Float[np.ndarray, "E E"], features: Float[np.ndarray, "s E"
     return merge
 
 
-def features_of_words(
-    model: StableDiffusion, params: Params, tokenizer: CLIPTokenizer, words: Learned, learned: Learned
-) -> Features:
+def features_of_words(model: StableDiffusion, params: Params, tokenizer: CLIPTokenizer, words: Learned) -> Features:
     """Return the rows of C of one adapter.
 
     Args:
@@ -141,7 +143,6 @@ def features_of_words(
       params: its parameters.
       tokenizer: which knows the words.
       words: of the adapter.
-      learned: all words.
 
     Raises:
       InputError: there are none.
@@ -150,7 +151,7 @@ def features_of_words(
         raise InputError("--adapters: an adapter without words cannot be merged with others")
     rows = []
     for word, vectors in words.items():
-        ids = tokenizer([spell_out(TEXT.replace("{}", word), learned)], length=tokenizer.context_length).input_ids
+        ids = tokenizer([spell_out(TEXT.replace("{}", word), words)], length=tokenizer.context_length).input_ids
         encoded = np.asarray(encode_texts(model, params, jnp.asarray(ids)).astype(jnp.float32), np.float64)[0]
         own = [tokenizer([name]).input_ids[0][1] for name in token_names(word, len(vectors))]
         rows.append(encoded[np.isin(ids[0], own)])
