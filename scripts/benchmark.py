@@ -4,6 +4,7 @@
     python scripts/benchmark.py ddim        # DDIM at 32x32, and the face network at 256x256
     python scripts/benchmark.py clip        # CLIP's encoders, and folders of pictures
     python scripts/benchmark.py sd          # Stable Diffusion's UNet, and a tiny pipeline
+    python scripts/benchmark.py inversion   # a training step of textual inversion
 
 All candidates of a comparison are timed in turn, over and over, and medians are compared, so that a machine whose speed
 drifts slows all sides alike.
@@ -17,6 +18,7 @@ from dataclasses import asdict
 import benchmark_clip
 import benchmark_ddim
 import benchmark_digits
+import benchmark_inversion
 import benchmark_sd
 import tyro
 
@@ -27,12 +29,14 @@ BENCHMARKS = {
     "ddim": benchmark_ddim.Faces,
     "clip": benchmark_clip.Clip,
     "sd": benchmark_sd.Diffusion,
+    "inversion": benchmark_inversion.Inversion,
 }
 COMPARE = {
     benchmark_digits.Digits: benchmark_digits.compare,
     benchmark_ddim.Faces: benchmark_ddim.compare,
     benchmark_clip.Clip: benchmark_clip.compare,
     benchmark_sd.Diffusion: benchmark_sd.compare,
+    benchmark_inversion.Inversion: benchmark_inversion.compare,
 }
 
 

@@ -12,8 +12,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from jaxdiff import text2image, textual_inversion
+from jaxdiff.io.adapters import read_adapter
 from jaxdiff.io.learned_embeddings import read_learned
 from jaxdiff.recipes import inversion_training, loop, training
+from jaxdiff.recipes.custom_diffusion import text_matrices
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny
 
@@ -101,6 +103,39 @@ def test_directions_are_learned_alone_from_crops_too(folders, tmp_path):
     for word, row in learned.items():
         np.testing.assert_allclose(np.linalg.norm(row, axis=1), norm, rtol=1e-5)
         assert results[f"moved.{word}"] > 0.01
+
+
+def test_keys_and_values_are_learned_beside_class_pictures_and_masks(folders, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for number in range(2):
+        mask = np.zeros((60, 80, 3), np.uint8)
+        mask[20:50, 10:60] = 255
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+    flags = ("--kv-learning-rate=0.01", f"--prior={folders / 'style'}:a photo", "--prior-weight=0.5", "--crops=1",
+             f"--mask=<new1>:{tmp_path / 'masks'}", "--adapter-rank=4", "--fixed-norm")  # fmt: skip
+    concept = f"--concept=<new1>:{folders / 'thing'}:digit"
+    answer = learn(concept, *SMALL, *flags, f"--out={tmp_path / 'a'}")
+    assert answer.code == 0, answer.err
+    assert "'a photo': 2 pictures of a class" in answer.out
+    assert {"adapter.safetensors", "pytorch_custom_diffusion_weights.safetensors"} <= {p.name for p in answer.written}
+    adapter = read_adapter(tmp_path / "a" / "adapter.safetensors")
+    words = read_learned(tmp_path / "a" / "learned_embeds.safetensors")
+    np.testing.assert_array_equal(adapter.words["<new1>"], words["<new1>"])
+    params = make_tiny("float32", "float32")[1]
+    assert adapter.deltas.keys() == set(text_matrices(params))
+    assert all(np.abs(delta).max() > 1e-4 for delta in adapter.deltas.values())
+    assert all(np.linalg.matrix_rank(delta) <= 4 for delta in adapter.deltas.values())
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["moved.matrices"] > 0
+
+    pictures = {}
+    for name, flag in (("adapter", f"--adapters={tmp_path / 'a' / 'adapter.safetensors'}"),
+                       ("words", f"--embeddings={tmp_path / 'a' / 'learned_embeds.safetensors'}")):  # fmt: skip
+        args = ["--prompt=a photo of <new1>", "--num-steps=2", "--height=16", "--width=16", flag]
+        drawn = run_here(text2image.main, *args, f"--out={tmp_path / name}")
+        assert drawn.code == 0, drawn.err
+        pictures[name] = np.asarray(Image.open(tmp_path / name / "000_000.png")).astype(int)
+    assert np.abs(pictures["adapter"] - pictures["words"]).max() > 0
 
 
 def test_a_dry_run_says_what_learning_would_take(tmp_path, monkeypatch):
@@ -191,6 +226,16 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
         (("--concept=<a>:thing:digit", "--direction-prior=1"), "--direction-prior has no effect without --fixed-norm"),
         (("--concept=<a>:thing:digit", "--fixed-norm", "--clip-norm=2"), "--clip-norm has no effect with --fixed-norm"),
         (("--concept", "<a>:thing:digit", "<a>:style:digit"), "a word stands for two concepts"),
+        (("--concept=<a>:thing:digit", "--kv-learning-rate=0"), "--kv-learning-rate must be positive and finite"),
+        (("--concept=<a>:thing:digit", "--adapter-rank=4"), "--adapter-rank has no effect without --kv-learning-rate"),
+        (("--concept=<a>:thing:digit", "--prior-weight=2"), "--prior-weight has no effect without --prior"),
+        (("--concept=<a>:thing:digit", "--prior=style"), "--prior 'style': must be FOLDER:TEXT"),
+        (("--concept=<a>:thing:digit", "--prior=empty:a photo"), "--prior: empty: holds no picture to learn from"),
+        (("--concept=<a>:thing:digit", "--mask=<b>:thing"), "must be <word>:FOLDER, once for a word of --concept"),
+        (("--concept=<a>:thing:digit", "--mask=<a>:nowhere"), "nowhere: no such folder"),
+        (("--concept=<a>:thing:digit", "--mask=<a>:empty"), "must hold one mask named 0, holds 0"),
+        (("--concept=<a>:thing:digit", "--kv-learning-rate=1", "--adapters=x"), "drop --adapters"),
+        (("--concept=<a>:thing:digit", "--captions=x"), "--captions has no effect without two --adapters"),
         (("--concept=<a>:thing:digit", "--size=20"), "must be a multiple of 8 pixels, got 20"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),
         (("--concept=<a>:thing:digit", "--batch-size=3", "--devices=2"), "--batch-size 3 does not split over 2"),

@@ -18,6 +18,7 @@ from jaxdiff.io.concept_pictures import TEMPLATES, parse_concept, read_concept_p
 from jaxdiff.io.learned_embeddings import write_learned, write_learned_apart
 from jaxdiff.mesh import make_mesh, put_batch
 from jaxdiff.recipes.inversion_batches import Source, make_batches
+from jaxdiff.recipes.inversion_data import shrink_masks
 from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf
 from jaxdiff.recipes.stable_diffusion import decode_latents, make_latent_sampler
 from jaxdiff.recipes.text_to_image_model import prepare
@@ -246,6 +247,29 @@ def test_crops_are_squares_of_the_pictures_that_come_after_them(tmp_path):
         assert 0.7 * 200 - 8 <= wide <= 200
         corners.append((crop[0, 0, 0], crop[0, 0, 1], wide))
     assert len(set(corners)) == 6
+
+
+def test_masks_are_cut_and_mirrored_as_their_pictures(tmp_path):
+    # The picture is its own mask, so that each place of one must say what the other does.
+    rng = np.random.default_rng(0)
+    for folder in ("pictures", "masks"):
+        (tmp_path / folder).mkdir()
+    for name in "ab":
+        pixels = np.repeat(rng.integers(0, 256, (40, 50, 1), np.uint8), 3, axis=-1)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{name}.png")
+        Image.fromarray(pixels).save(tmp_path / "masks" / f"{name}.png")
+    concept = parse_concept(f"<new>:{tmp_path / 'pictures'}:cat")
+    found = read_concept_pictures(concept, 16, 2, 0, tmp_path / "masks").with_mirror_images()
+    assert found.whole == 2
+    assert found.pixels.shape == (12, 16, 16, 3)
+    np.testing.assert_allclose(found.masks, found.pixels[..., 0] / 255, atol=1e-6)
+    np.testing.assert_array_equal(found.pixels[6:], found.pixels[:6, :, ::-1])
+    small = shrink_masks(found.masks, 4)
+    np.testing.assert_allclose(small[3, 1, 2], found.masks[3, 4:8, 8:12].mean(), rtol=1e-5)
+    for wrong, sentence in ((np.zeros((40, 50, 3), np.uint8), "black"), (pixels[1:], "50x39 instead of 50x40")):
+        Image.fromarray(wrong).save(tmp_path / "masks" / "b.png")
+        with pytest.raises(InputError, match=sentence):
+            read_concept_pictures(concept, 16, 0, 0, tmp_path / "masks")
 
 
 def test_batches_are_pure_functions_of_the_step(world):

@@ -97,7 +97,7 @@ def words_of(adapters: Sequence[Adapter]) -> Learned:
 
 
 def write_for_diffusers(path: Path, params: Params, deltas: Deltas) -> None:
-    """Write the matrices as diffusers' `pipe.unet.load_attn_procs(folder, weight_name=FILE, _pipeline=pipe)` reads them.
+    """Write the matrices as diffusers' `unet.load_attn_procs(folder, weight_name=FILE, _pipeline=pipeline)` reads them.
 
     diffusers 0.42 leaves the UNet as it is, without a word, unless it is given the pipeline. It wants every attention
     named, those that were not learned with nothing, which here is a tensor of no numbers.

@@ -57,6 +57,8 @@ def directional(learning_rate: optax.Schedule, norm: float, start: Rows, prior: 
             turned = v - rate * g
             return norm * turned / jnp.linalg.norm(turned, axis=-1, keepdims=True) - vectors
 
-        return jax.tree.map(turn, gradients, params, towards), state._replace(count=state.count + 1)
+        # What another optimizer sees to is here in name alone.
+        mu = {word: towards.get(word, gradient) for word, gradient in gradients.items()}
+        return jax.tree.map(turn, gradients, params, mu), state._replace(count=state.count + 1)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
