@@ -65,6 +65,10 @@ FREE = {
 }
 
 
+# Unless what is drawn along the way decides when to stop.
+FREE_IF_NOT_SCORED = {"sample_every", "sample_prompts", "sample_images", "sample_steps", "guidance_scale"}
+
+
 def run(config: Config) -> list[Path]:
     """Read model and pictures, learn the words, draw with them, write everything down."""
     from jaxdiff.io.concept_pictures import parse_concept
@@ -82,15 +86,16 @@ def run(config: Config) -> list[Path]:
         words = [parse_concept(text).word for text in config.concept] or ["<new1>"]
         print(describe_memory(words, config.model, training, mesh))
         return []
+    free = FREE if training.patience is None else FREE - FREE_IF_NOT_SCORED
     check_writable(config.out)
     if config.resume == "auto":
-        check_config(config.out, as_json(config), FREE)
+        check_config(config.out, as_json(config), free)
     if config.concept:
         concepts = [parse_concept(text) for text in config.concept]
     else:
         concepts, training = own_concept(training, mesh)
     parts = prepare_inversion(concepts, config.model, training, mesh)
-    out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
+    out = open_run(config.out, as_json(config), free, start_over=config.resume == "never")
     check_same_data(out, parts.data.about, "the pictures of --concept, the texts or the weights of the model")
     trained = train(parts, training, out)
     return write_outputs(out, parts, trained, training, as_json(config), started)

@@ -62,6 +62,11 @@ class InversionSettings(OptimizationSettings):
     """Texts of the pictures along the way and at the end; none means two for each word, and one for each pair."""
     sample_images: int = 4
     """Pictures of each of these texts."""
+    score_model: str | None = None
+    """Folder or Hugging Face name of a CLIP that scores the pictures along the way by their likeness to the concepts'
+    own: the mean of 100 cosines, as the course's grader has it."""
+    patience: int | None = None
+    """Stop when so many scores in a row have not risen. Only with --score-model."""
     sample_steps: int = 25
     """Sampling steps of these pictures."""
     guidance_scale: float = 7.5
@@ -90,7 +95,8 @@ class InversionSettings(OptimizationSettings):
                 not self.fixed_norm or getattr(self, name) == getattr(type(self), name),
                 f"{as_flag(name)} has no effect with --fixed-norm, where every gradient is one long: drop it",
             )
-        for name, needed in (("adapter_rank", "kv_learning_rate"), ("prior_weight", "prior")):
+        needs = {"adapter_rank": "kv_learning_rate", "prior_weight": "prior", "patience": "score_model"}
+        for name, needed in needs.items():
             require(
                 getattr(self, name) is None or getattr(self, needed) not in (None, ()),
                 f"{as_flag(name)} has no effect without {as_flag(needed)}: add it, or drop {as_flag(name)}",
@@ -98,7 +104,8 @@ class InversionSettings(OptimizationSettings):
         for name in ("kv_learning_rate", "prior_weight"):
             value = 1.0 if getattr(self, name) is None else getattr(self, name)
             require(0 < value < math.inf, f"{as_flag(name)} must be positive and finite, got {value}")
-        require_at_least("adapter_rank", 1 if self.adapter_rank is None else self.adapter_rank, 1)
+        for name in ("adapter_rank", "patience"):
+            require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
         require(
             not self.prior or self.batch_size % 2 == 0,
             f"--prior fills every second place of a batch: --batch-size must be even, got {self.batch_size}",

@@ -1,9 +1,9 @@
 """Textual inversion beside PyTorch: one training step of the rows of a new word, all else frozen.
 
-Both sides read the same files, written once with random weights, and learn from the same latents and texts; their losses
-are compared first. The other side does what diffusers' textual_inversion.py does, with latents known beforehand: AdamW
-on the whole table of tokens, of which all but the new rows is put back after each step. Where JAX has an accelerator,
-jaxdiff alone is measured, at full size, against the matrix product peak of the same run.
+Both sides read the same files, written once with random weights, and learn from the same latents and texts; their
+losses are compared first. The other side does what diffusers' textual_inversion.py does, with latents known beforehand:
+AdamW on the whole table of tokens, of which all but the new rows is put back after each step. Where JAX has an
+accelerator, jaxdiff alone is measured, at full size, against the matrix product peak of the same run.
 """
 
 import tempfile

@@ -138,6 +138,25 @@ def test_keys_and_values_are_learned_beside_class_pictures_and_masks(folders, tm
     assert np.abs(pictures["adapter"] - pictures["words"]).max() > 0
 
 
+def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, monkeypatch):
+    scores = iter([50.0, 60.0, 60.0])
+    monkeypatch.setattr(inversion_training, "make_image_score", lambda *_: lambda pictures: next(scores))
+    concept = f"--concept=<new1>:{folders / 'thing'}:digit"
+    flags = ("--sample-every=1", "--score-model=clip", "--patience=1", f"--out={tmp_path / 'a'}")
+    # Asked again, it knows that it had ended.
+    for step in range(2):
+        answer = learn(concept, *(flag for flag in SMALL if "sample-every" not in flag), *flags)
+        assert answer.code == 0, answer.err
+        assert "none of the last 1 is above 60.00" in answer.out
+        assert ("going on from step 3 of 6" in answer.out) == (step == 1)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["image_score"] for line in lines if "image_score" in line] == [50, 60, 60]
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["last.image_score"] == 60
+    other = learn(concept, *SMALL, *flags[1:])
+    assert other.code == 2
+    assert "sample_every was 1, is 4" in other.sentence
+
+
 def test_a_dry_run_says_what_learning_would_take(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answer = learn(*SMALL, "--concept", "<a>:nowhere:x", "<b>:nowhere:x:style", "--vectors-per-token=2", "--dry-run")

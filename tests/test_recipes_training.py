@@ -474,3 +474,19 @@ def test_a_stop_request_while_the_last_step_is_logged_or_saved_changes_nothing(l
     unheeded, ours = handlers
     assert unheeded == []
     assert {number: signal.getsignal(number) for number in ours} == ours
+
+
+@pytest.mark.parametrize("save_every", [3, 4])
+def test_drawing_can_end_the_run_with_everything_saved(loop, tmp_path, save_every):
+    drawn = []
+
+    def sample(step, _):
+        drawn.append(step)
+        return step == 6
+
+    state = loop.run(tmp_path, sample=sample, sample_every=2, save_every=save_every, validation_loss=lambda _: 1.0)
+    assert drawn == [2, 4, 6]
+    assert_last_step(loop, state, 6)
+    steps, saved = loop.saved(tmp_path)
+    assert steps[-1] == 6
+    assert_last_step(loop, saved, 6)

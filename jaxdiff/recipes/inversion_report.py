@@ -1,7 +1,7 @@
 """From learned rows to the files of textual_inversion: the words, pictures, results.json and report.html."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +41,8 @@ def write_outputs(
     prompts = prompts_of(parts, training)
     pictures = draw_pictures(parts, training, trained)
     write_png(out / "grid.png", make_grid(pictures, prompts, "With the learned words"))
-    table = np.asarray(get_leaf(parts.frozen, TABLE), np.float32)
     lines = read_lines(out / METRICS)
-    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    figures: Figures = {"norm.vocabulary_median": float(np.median(np.linalg.norm(table, axis=1)))}
-    for word, row in rows.items():
-        figures[f"norm.{word}"] = float(np.linalg.norm(row, axis=1).mean())
-        figures[f"moved.{word}"] = float(np.linalg.norm(row - parts.start[word], axis=1).mean())
-    if losses:
-        figures |= {"final_loss": losses[-1][1], "images_per_second": float(np.median(rates))}
-    checked = [line for line in lines if "validation_loss" in line]
-    if checked:
-        figures |= {f"{when}.{name}": value for when, line in (("first", checked[0]), ("last", checked[-1]))
-                    for name, value in line.items() if name != "step"}  # fmt: skip
-    if deltas:
-        size = np.sqrt(sum(float(np.square(delta, dtype=np.float64).sum()) for delta in deltas.values()))
-        figures["moved.matrices"] = float(size)
+    figures = figures_of(parts, rows, deltas, lines)
     figures["seconds"] = time.perf_counter() - started
     mesh = parts.drawing.mesh
     device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -80,7 +65,7 @@ def write_outputs(
             ])
             for concept, found in zip(parts.concepts, parts.data.originals)
         ),
-        Section("Training", training_blocks(losses, checked, rows, figures),
+        Section("Training", training_blocks(lines, rows, figures),
                 "The loss of a step says little: most of it depends on the timesteps drawn. That by timestep is taken "
                 "of the same texts, pictures and noise every time."),
     ]  # fmt: skip
@@ -96,6 +81,32 @@ def write_outputs(
     return [*words, *adapters, out / "grid.png", *grids, results, write_report(out / "report.html", report)]
 
 
+def figures_of(
+    parts: InversionParts, rows: Learned, deltas: Mapping[str, np.ndarray], lines: Sequence[Mapping[str, Any]]
+) -> Figures:
+    """Return how far everything moved, and the last of what was logged."""
+    table = np.asarray(get_leaf(parts.frozen, TABLE), np.float32)
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    figures: Figures = {"norm.vocabulary_median": float(np.median(np.linalg.norm(table, axis=1)))}
+    for word, row in rows.items():
+        figures[f"norm.{word}"] = float(np.linalg.norm(row, axis=1).mean())
+        figures[f"moved.{word}"] = float(np.linalg.norm(row - parts.start[word], axis=1).mean())
+    if losses:
+        figures |= {"final_loss": losses[-1][1], "images_per_second": float(np.median(rates))}
+    checked = [line for line in lines if "validation_loss" in line]
+    scores = [(line["step"], line["image_score"]) for line in lines if "image_score" in line]
+    if scores:
+        figures["last.image_score"] = scores[-1][1]
+    if checked:
+        figures |= {f"{when}.{name}": value for when, line in (("first", checked[0]), ("last", checked[-1]))
+                    for name, value in line.items() if name != "step"}  # fmt: skip
+    if deltas:
+        size = np.sqrt(sum(float(np.square(delta, dtype=np.float64).sum()) for delta in deltas.values()))
+        figures["moved.matrices"] = float(size)
+    return figures
+
+
 def write_adapters(
     out: Path, parts: InversionParts, rows: Learned, deltas: Deltas, training: InversionSettings
 ) -> list[Path]:
@@ -105,10 +116,12 @@ def write_adapters(
     return [out / ADAPTER, out / DIFFUSERS_FILE]
 
 
-def training_blocks(
-    losses: list[tuple[int, float]], checked: list[dict[str, Any]], rows: Learned, figures: Figures
-) -> list[Any]:
-    """Return the curves of the loss, by timestep and of each step, and how far the rows moved."""
+def training_blocks(lines: Sequence[Mapping[str, Any]], rows: Learned, figures: Figures) -> list[Any]:
+    """Return the curves of scores and of the loss, by timestep and of each step, and how far the rows moved."""
+    losses, scores = (
+        [(line["step"], line[name]) for line in lines if name in line] for name in ("loss", "image_score")
+    )
+    checked = [line for line in lines if "validation_loss" in line]
     blocks: list[Any] = [
         Table(
             ["word", "vectors", "mean norm", "moved by"],
@@ -122,6 +135,10 @@ def training_blocks(
         smooth = [float(np.mean(values[max(0, i - SMOOTHED + 1) : i + 1])) for i in range(len(values))]
         lines: dict[str, Any] = {"logged": (steps, values), f"mean of {SMOOTHED}": (steps, smooth)}
         blocks.insert(0, Curve(lines, "Loss over training, logarithmic axis.", "step", "loss"))
+    if len(scores) > 1:
+        score: dict[str, Any] = {"image score": ([row[0] for row in scores], [row[1] for row in scores])}
+        caption = "Likeness to the concepts' own pictures, mean of 100 cosines of CLIP's embeddings."
+        blocks.insert(0, Curve(score, caption, "step", "score", logarithmic=False, raw_first=False))
     if len(checked) > 1:
         by_band: dict[str, Any] = {
             "t {} to {}".format(*name.removeprefix("loss_t").split("_")): (

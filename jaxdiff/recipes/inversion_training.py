@@ -22,6 +22,7 @@ from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
 from jaxdiff.mesh import replicated
 from jaxdiff.recipes.custom_diffusion import Trained, base_hash, split_trained, zero_deltas
 from jaxdiff.recipes.directional import directional, with_norm
+from jaxdiff.recipes.image_score import Pictures, has_stopped_rising, make_image_score
 from jaxdiff.recipes.inversion_batches import make_batches
 from jaxdiff.recipes.inversion_data import InversionData, read_data
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
@@ -60,6 +61,7 @@ class InversionParts:
       data: the pictures and texts.
       finish: from averages to what is kept.
       base: hash of the model, where an adapter is learned.
+      score: of pictures along the way, or None.
     """
 
     concepts: Sequence[Concept]
@@ -74,6 +76,7 @@ class InversionParts:
     data: InversionData
     finish: Callable[[Trained], Trained]
     base: str
+    score: Callable[[Pictures], float] | None = None
 
     @property
     def words(self) -> list[str]:
@@ -139,7 +142,7 @@ def prepare_inversion(
     start, finish, optimizer, learning_rate = choose_optimizer(training, first[0], get_leaf(frozen[0], TABLE))
     whole, tokenizer = training.batch_size, drawing.tokenizer
     weight = 1.0 if training.prior_weight is None else training.prior_weight
-    return InversionParts(
+    parts = InversionParts(
         concepts,
         drawing,
         jax.device_put(frozen[0], replicated(mesh)),
@@ -158,6 +161,10 @@ def prepare_inversion(
         finish,
         base[0] if base else "",
     )
+    if training.score_model is None:
+        return parts
+    prompts = prompts_of(parts, training)
+    return replace(parts, score=make_image_score(training.score_model, parts.words, data.originals, prompts, mesh))
 
 
 def choose_optimizer(
@@ -202,16 +209,27 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
     loss_fn = make_inversion_loss(drawing.model, parts.words, training.loss_weighting)
     check = make_check(drawing.model, parts.words, parts.frozen, parts.check_at, parts.finish, drawing.mesh)
 
-    def draw_grid(step: int, trained: Any) -> None:
+    scores = [line["image_score"] for line in read_lines(out / METRICS) if "image_score" in line]
+
+    def draw_grid(step: int, trained: Any) -> bool:
         pixels = draw_pictures(parts, training, parts.finish(trained))
-        write_png(
-            out / "grids" / f"step_{step:07d}.png", make_grid(pixels, prompts_of(parts, training), f"Step {step:,}")
-        )
+        grid = make_grid(pixels, prompts_of(parts, training), f"Step {step:,}")
+        write_png(out / "grids" / f"step_{step:07d}.png", grid)
+        if parts.score is not None:
+            scores.append(parts.score(pixels))
+            log.write(step, {"image_score": scores[-1]})
+        return enough()
+
+    def enough() -> bool:
+        if training.patience is None or not has_stopped_rising(scores, training.patience):
+            return False
+        print(f"image score: none of the last {training.patience} is above {max(scores):.2f}; nothing more is learned")
+        return True
 
     try:
         if not read_lines(out / METRICS):
             log.write(0, {name: float(value) for name, value in check(parts.state.params).items()})
-        state = TrainingLoop(
+        run = TrainingLoop(
             make_train_step(
                 loss_fn,
                 parts.optimizer,
@@ -228,7 +246,8 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
             parts.learning_rate,
             check,
             draw_grid,
-        ).run(state)
+        ).run
+        state = state if enough() else run(state)
     finally:
         log.close()
         checkpoints.close()

@@ -34,7 +34,7 @@ class TrainingLoop:
       log: where figures go.
       learning_rate: step -> rate, for the log.
       validate: EMA parameters -> figures on fixed images, "validation_loss" among them, or None.
-      sample: (step, EMA parameters) -> None, draws pictures along the way, or None.
+      sample: (step, EMA parameters) -> whether to end here, draws pictures along the way; or None.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -45,10 +45,10 @@ class TrainingLoop:
     log: MetricsLog
     learning_rate: Callable[[int], Any]
     validate: Callable[[Any], Mapping[str, jax.Array]] | None
-    sample: Callable[[int, Any], None] | None
+    sample: Callable[[int, Any], bool | None] | None
 
     def run(self, state: TrainState) -> TrainState:
-        """Train to the last step and return the final state, saved.
+        """Train to the last step, or until `sample` says that it is enough; return the final state, saved.
 
         Raises:
           InputError: the loss, its gradient or a parameter is not finite; nothing bad has been saved.
@@ -73,7 +73,11 @@ class TrainingLoop:
                     and result.step % self.settings.sample_every == 0
                     and result.step < self.settings.train_steps
                 ):
-                    self.sample(result.step, state.ema_params)
+                    enough = self.sample(result.step, state.ema_params)
+                    if enough and not (due or stopping):
+                        self._save(result, validate=True)
+                    if enough:
+                        break
                 if stopping:
                     self.checkpoints.wait()
                     raise InterruptedRun(

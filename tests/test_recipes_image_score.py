@@ -1,0 +1,49 @@
+"""The score of pictures along the way, against transformers, and when it has stopped rising."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli_clip_scores import embed, world  # noqa: F401 (a fixture)
+
+from jaxdiff.errors import InputError
+from jaxdiff.mesh import make_mesh
+from jaxdiff.recipes.image_score import has_stopped_rising, make_image_score
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
+
+def test_the_score_is_that_of_the_grader_for_each_word(world, tmp_path):  # noqa: F811
+    folder, twin = world
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (32, 32, 3), np.uint8) for _ in range(11)]
+    files = [tmp_path / f"{number:02d}.png" for number in range(11)]
+    for picture, file in zip(pictures, files):
+        Image.fromarray(picture).save(file)
+    prompts = ["a photo of <one>", "<one> next to <two>", "a photo of <two>"]
+    originals = [np.stack(pictures[6:9]), np.stack(pictures[9:])]
+    score = make_image_score(str(folder / "clip"), ["<one>", "<two>"], originals, prompts, make_mesh(1))
+    found = embed(folder, twin, files)
+    cosines = 100 * found @ found.T
+    # Pictures 0 to 3 are drawn with <one>, 2 to 5 with <two>.
+    expected = (cosines[:4, 6:9].mean() + cosines[2:6, 9:].mean()) / 2
+    assert torch.is_tensor(expected)
+    np.testing.assert_allclose(score(pictures[:6]), float(expected), atol=1e-3)
+    with pytest.raises(InputError, match="none of --sample-prompts has the word <two>"):
+        make_image_score(str(folder / "clip"), ["<one>", "<two>"], originals, prompts[:1], make_mesh(1))
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "expected"),
+    [
+        ([], 1, False),
+        ([1.0], 1, False),
+        ([1.0, 2.0], 1, False),
+        ([2.0, 2.0], 1, True),
+        ([1.0, 3.0, 2.0, 2.5], 2, True),
+        ([1.0, 3.0, 2.0, 2.5], 3, False),
+        ([1.0, 3.0, 2.0, 4.0], 2, False),
+    ],
+)
+def test_a_plateau_is_so_many_scores_that_do_not_rise(scores, patience, expected):
+    assert has_stopped_rising(scores, patience) == expected
