@@ -133,8 +133,8 @@ def training_blocks(lines: Sequence[Mapping[str, Any]], rows: Learned, figures: 
     if len(losses) > 1:
         steps, values = ([row[i] for row in losses] for i in (0, 1))
         smooth = [float(np.mean(values[max(0, i - SMOOTHED + 1) : i + 1])) for i in range(len(values))]
-        lines: dict[str, Any] = {"logged": (steps, values), f"mean of {SMOOTHED}": (steps, smooth)}
-        blocks.insert(0, Curve(lines, "Loss over training, logarithmic axis.", "step", "loss"))
+        loss: dict[str, Any] = {"logged": (steps, values), f"mean of {SMOOTHED}": (steps, smooth)}
+        blocks.insert(0, Curve(loss, "Loss over training, logarithmic axis.", "step", "loss"))
     if len(scores) > 1:
         score: dict[str, Any] = {"image score": ([row[0] for row in scores], [row[1] for row in scores])}
         caption = "Likeness to the concepts' own pictures, mean of 100 cosines of CLIP's embeddings."
