@@ -40,7 +40,7 @@ class Inversion(Settings):
     steps: int = 5
     """Steps that are timed together."""
     full: bool = False
-    """Stable Diffusion 1's size, at 64x64 latents, which takes some 14 GB and minutes a step on a CPU."""
+    """Stable Diffusion 1's size, at 64x64 latents, which is long work for a CPU; an accelerator always takes it."""
 
 
 class World(NamedTuple):

@@ -15,7 +15,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.torch_files import read_torch
 from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
 
-Learned = dict[str, Float[np.ndarray, "n D"]]
+Learned = dict[str, Float[np.ndarray, "_ _"]]
 """By word, the vectors that stand for it, one after another."""
 A1111 = "emb_params"
 

@@ -3,7 +3,8 @@
     (1)  K = c (W_K + D_K),   V = c (W_V + D_V)        in every attention from pixels to a text c
 
 The D of (1) start at zero and are all that changes in the UNet. They are float32 whatever the network computes in,
-because a step is far smaller than what bfloat16 tells apart.
+because a step is far smaller than what bfloat16 tells apart. diffusers' trainer lets no gradient through the keys and
+values of the begin token; the paper does not ask for that, and here they are learned from as all others.
 """
 
 import re
