@@ -25,6 +25,7 @@ from jaxdiff.recipes.custom_diffusion import (
     zero_deltas,
 )
 from jaxdiff.recipes.inversion_batches import Source, make_batches
+from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf
 from jaxdiff.recipes.merging import everyday_captions, features_of_words, make_merge
 from jaxdiff.recipes.stable_diffusion import encode_texts
 from jaxdiff.recipes.text_to_image_model import prepare
@@ -182,7 +183,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     make_pipeline(folder / "model")
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(folder / "model")
-    sha256 = base_hash(params)
+    sha256 = base_hash(params, pipeline.tokenizer.vocab_size)
     rng = np.random.default_rng(1)
     adapters = []
     for number, word in enumerate(("<one>", "<two>")):
@@ -253,8 +254,12 @@ def test_a_file_of_low_rank_holds_the_nearest_matrices(base, tmp_path):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_the_hash_of_a_model_does_not_depend_on_what_it_computes_in(base, dtype):
-    _, _, params, adapters = base
-    assert base_hash(jax.tree.map(lambda leaf: leaf.astype(dtype), params)) == adapters[0].base
+    _, pipeline, params, adapters = base
+    size = pipeline.tokenizer.vocab_size
+    assert base_hash(jax.tree.map(lambda leaf: leaf.astype(dtype), params), size) == adapters[0].base
+    longer = set_leaf(params, TABLE, jnp.concatenate([get_leaf(params, TABLE), jnp.ones((2, 32))]))
+    assert base_hash(longer, size) == adapters[0].base
+    assert base_hash(longer, size + 1) != adapters[0].base
 
 
 def test_what_cannot_be_used_is_refused(base, tmp_path):

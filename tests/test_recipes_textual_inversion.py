@@ -17,20 +17,23 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.concept_pictures import TEMPLATES, parse_concept, read_concept_pictures, texts_of
 from jaxdiff.io.learned_embeddings import write_learned, write_learned_apart
 from jaxdiff.mesh import make_mesh, put_batch
+from jaxdiff.recipes.custom_diffusion import base_hash
 from jaxdiff.recipes.inversion_batches import Source, make_batches
 from jaxdiff.recipes.inversion_data import shrink_masks
-from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf
+from jaxdiff.recipes.inversion_training import prepare_inversion
+from jaxdiff.recipes.learned_words import TABLE, add_words, first_rows, get_leaf
 from jaxdiff.recipes.stable_diffusion import decode_latents, make_latent_sampler
 from jaxdiff.recipes.text_to_image_model import prepare
 from jaxdiff.recipes.textual_inversion import (
     encode_pictures,
     initial_rows,
     make_inversion_loss,
-    without_words,
+    with_trained,
 )
 from jaxdiff.recipes.timestep_bands import band_names, make_check
 from jaxdiff.recipes.training import create_state, fit, image_keys_at, make_train_step
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
+from jaxdiff.textual_inversion_settings import InversionSettings
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 LEARNING_RATE, BATCH, STEPS = 0.02, 8, 10
@@ -204,7 +207,26 @@ def test_saved_words_open_in_diffusers_and_draw_the_same_pictures(world, tmp_pat
     np.testing.assert_allclose(np.clip(np.asarray(found) / 2 + 0.5, 0, 1), wanted, rtol=0, atol=1e-4)
     assert float(wanted.std()) > 0.05
 
-    np.testing.assert_array_equal(get_leaf(without_words(drawing.params, 4), TABLE), get_leaf(params, TABLE))
+    table = get_leaf(params, TABLE)
+    np.testing.assert_array_equal(get_leaf(first_rows(drawing.params, len(table)), TABLE), table)
+
+
+def test_rows_follow_the_tokens_of_a_table_that_has_more(world, tmp_path):
+    theirs, *_, concepts = world
+    padded = StableDiffusionPipeline.from_pretrained(theirs.config._name_or_path)
+    size = len(padded.tokenizer)
+    padded.text_encoder.resize_token_embeddings(size + 5, mean_resizing=False)
+    padded.save_pretrained(tmp_path / "padded")
+    settings = InversionSettings(size=32, batch_size=2, kv_learning_rate=1e-5)
+    parts = prepare_inversion(concepts[:1], LatentModelSettings(str(tmp_path / "padded")), settings, make_mesh(1))
+    (number,) = parts.drawing.tokenizer(["<one>"]).input_ids[0][1:-1]
+    assert number == size
+    rows = {name: leaf + 1 for name, leaf in parts.state.params.items()}
+    table = get_leaf(with_trained(parts.frozen, rows, ["<one>"]), TABLE)
+    np.testing.assert_array_equal(table[number], rows["<one>"][0])
+    assert table.shape == get_leaf(parts.drawing.params, TABLE).shape
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "padded")
+    assert parts.base == base_hash(params, pipeline.tokenizer.vocab_size)
 
 
 def test_the_loss_by_timestep_is_the_mean_over_given_timesteps(world):

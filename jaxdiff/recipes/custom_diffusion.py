@@ -23,7 +23,7 @@ from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.weights import flatten_params, write_safetensors
 from jaxdiff.models.spatial_transformer import TEXT_ATTENTION
-from jaxdiff.recipes.learned_words import get_leaf, set_leaf
+from jaxdiff.recipes.learned_words import first_rows, get_leaf, set_leaf
 from jaxdiff.recipes.stable_diffusion import Params
 
 DIFFUSERS_FILE = "pytorch_custom_diffusion_weights.safetensors"
@@ -58,24 +58,32 @@ def split_trained(trained: Trained, words: Sequence[str]) -> tuple[dict[str, Any
     return {word: trained[word] for word in words}, {name: trained[name] for name in trained if name not in words}
 
 
-def base_hash(params: Params) -> str:
+def base_hash(params: Params, vocab_size: int) -> str:
     """Return the hash of text encoder and UNet that says which model an adapter belongs to.
 
     It is that of the weights in bfloat16, and so the same whatever the networks compute in.
+
+    Args:
+      params: of the model, perhaps with rows of learned words.
+      vocab_size: tokens of the model's own.
     """
+    params = first_rows(params, vocab_size)
     parts = {name: params[name] for name in ("text_encoder", "unet")}
     return tree_hash(jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16)), parts))
 
 
-def read_adapters(paths: Sequence[Path], params: Params) -> list[Adapter]:
-    """Read the adapters of a model.
+def read_adapters(paths: Sequence[Path], params: Params, vocab_size: int) -> list[Adapter]:
+    """Read the adapters of a model of so many tokens.
 
     Raises:
       InputError: one cannot be read, was learned with another model, or teaches a word that another does too.
     """
     if not paths:
         return []
-    base, shapes = base_hash(params), {name: leaf.shape for name, leaf in flatten_params(params["unet"]).items()}
+    base, shapes = (
+        base_hash(params, vocab_size),
+        {name: leaf.shape for name, leaf in flatten_params(params["unet"]).items()},
+    )
     adapters: list[Adapter] = []
     for path in paths:
         adapter = read_adapter(path)

@@ -25,7 +25,7 @@ from jaxdiff.recipes.directional import directional, with_norm
 from jaxdiff.recipes.image_score import Pictures, has_stopped_rising, make_image_score
 from jaxdiff.recipes.inversion_batches import make_batches
 from jaxdiff.recipes.inversion_data import InversionData, read_data
-from jaxdiff.recipes.learned_words import TABLE, get_leaf
+from jaxdiff.recipes.learned_words import TABLE, first_rows, get_leaf
 from jaxdiff.recipes.loop import TrainingLoop
 from jaxdiff.recipes.stable_diffusion import Params
 from jaxdiff.recipes.text_to_image import TextToImage, make_jobs
@@ -36,7 +36,6 @@ from jaxdiff.recipes.textual_inversion import (
     initial_rows,
     make_inversion_loss,
     with_trained,
-    without_words,
 )
 from jaxdiff.recipes.timestep_bands import make_check
 from jaxdiff.recipes.tiny_world import PICTURES, TEXTS, UNKNOWN, tiny_world_folder
@@ -130,9 +129,10 @@ def prepare_inversion(
     base: list[str] = []
 
     def learn(params: Params, tokenizer: Any) -> Learned:
-        frozen.append(params)
+        # New rows follow those of the tokens, where some tables have more.
+        frozen.append(first_rows(params, tokenizer.vocab_size))
         if training.kv_learning_rate is not None:
-            base.append(base_hash(without_words(params, known)))
+            base.append(base_hash(params, tokenizer.vocab_size - known))
         first.append(initial_rows(params, tokenizer, concepts, training.vectors_per_token, training.mean_initializer))
         return first[0]
 

@@ -47,6 +47,11 @@ def add_words(
     return replace(model, text_encoder=encoder.clone(config=config)), set_leaf(params, TABLE, added)
 
 
+def first_rows(params: Params, count: int) -> Params:
+    """Return the parameters with the first rows of the table of tokens alone."""
+    return set_leaf(params, TABLE, get_leaf(params, TABLE)[:count])
+
+
 def token_names(word: str, count: int) -> list[str]:
     """Return the tokens of a word of `count` vectors, named as diffusers names them."""
     return [word, *(f"{word}_{number}" for number in range(1, count))]

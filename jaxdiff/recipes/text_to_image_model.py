@@ -68,7 +68,7 @@ def prepare(
         pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
             name, revision=settings.revision, dtype=dtype, decode_dtype=settings.decode_dtype
         )
-    adapters = read_adapters(settings.adapters, params)
+    adapters = read_adapters(settings.adapters, params, pipeline.tokenizer.vocab_size)
     learned = add_learned(read_all_learned(settings), words_of(adapters), "--adapters")
     model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
     params = with_adapters(model, params, pipeline.tokenizer, adapters, settings.captions)

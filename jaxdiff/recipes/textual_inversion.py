@@ -183,9 +183,3 @@ def encode_pictures(
         for part, count in in_batches(pixels, batch, mesh)
     ]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def without_words(params: Params, rows: int) -> Params:
-    """Return the parameters with the last rows of the table, which are learned, left out."""
-    table = get_leaf(params, TABLE)
-    return set_leaf(params, TABLE, table[: len(table) - rows])
