@@ -195,13 +195,13 @@ def test_saved_words_open_in_diffusers_and_draw_the_same_pictures(world, tmp_pat
     drawing = prepare(settings, PictureSettings(num_steps=4, batch_size=1), make_mesh(1))
     prompt = "a photo of <one> in the style of <two>"
     expected = fresh.encode_prompt(prompt, "cpu", 1, False)[0].detach().numpy()
-    np.testing.assert_allclose(drawing.encode([prompt]), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(drawing.encode(np.stack(drawing.tokenize([prompt]))), expected, rtol=0, atol=1e-5)
 
     x_T = starting_noise(jax.random.key(0)[None], drawing.model.latent_shape(32, 32))
     latents = torch.from_numpy(np.array(x_T).transpose(0, 3, 1, 2))
     wanted = fresh(prompt, num_inference_steps=4, latents=latents, output_type="np").images
-    texts = [jnp.asarray(text)[None] for text in drawing.encode([prompt, ""])]
-    sampler = make_latent_sampler(drawing.model, drawing.process, drawing.timesteps, 7.5, drawing.mesh)
+    texts = [jnp.asarray(text)[None] for text in drawing.encode(np.stack(drawing.tokenize([prompt, ""])))]
+    sampler = make_latent_sampler(drawing.model, drawing.process, 7.5, drawing.mesh)
     sampled = sampler(drawing.params["unet"], x_T, jax.random.key(0)[None], *texts)
     found = decode_latents(drawing.model, drawing.params, sampled.latents)
     np.testing.assert_allclose(np.clip(np.asarray(found) / 2 + 0.5, 0, 1), wanted, rtol=0, atol=1e-4)
