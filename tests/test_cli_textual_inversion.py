@@ -127,6 +127,10 @@ def test_keys_and_values_are_learned_beside_class_pictures_and_masks(folders, tm
     assert all(np.linalg.matrix_rank(delta) <= 4 for delta in adapter.deltas.values())
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["moved.matrices"] > 0
+    # Checkpoints hold the matrices, and what the optimizer knows of them.
+    before = (tmp_path / "a" / "adapter.safetensors").read_bytes()
+    assert "going on from step 6 of 6" in learn(concept, *SMALL, *flags, f"--out={tmp_path / 'a'}").out
+    assert (tmp_path / "a" / "adapter.safetensors").read_bytes() == before
 
     pictures = {}
     for name, flag in (("adapter", f"--adapters={tmp_path / 'a' / 'adapter.safetensors'}"),
