@@ -259,7 +259,7 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
         (("--concept=<a>:thing:digit", "--mask=<a>:empty"), "must hold one mask named 0, holds 0"),
         (("--concept=<a>:thing:digit", "--kv-learning-rate=1", "--adapters=x"), "drop --adapters"),
         (("--concept=<a>:thing:digit", "--captions=x"), "--captions has no effect without two --adapters"),
-        (("--concept=<a>:thing:digit", "--size=20"), "must be a multiple of 8 pixels, got 20"),
+        (("--concept=<a>:thing:digit", "--size=21"), "must be a multiple of 4 pixels, got 21"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),
         (("--concept=<a>:thing:digit", "--batch-size=3", "--devices=2"), "--batch-size 3 does not split over 2"),
         (("--concept=<a>:thing:digit", "--guidance-scale=nan"), "--guidance-scale must be finite"),
