@@ -1,6 +1,7 @@
 """How every command starts and ends: parse flags, run, print an error as one sentence.
 
-Exit codes: 0 done, 2 the input cannot be used, 130 interrupted (saved; run again to go on).
+Exit codes: 0 done, 2 the input cannot be used, 3 another process of the run was lost, 130 interrupted (saved; run again
+to go on).
 """
 
 import ctypes
@@ -8,6 +9,7 @@ import importlib.util
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
+from jaxdiff import processes
 from jaxdiff.errors import InputError, InterruptedRun
 
 ConfigType = TypeVar("ConfigType")
@@ -44,23 +47,32 @@ def run_command(
     try:
         keep_freed_memory()
         paths = run(parse(command, config_class, sys.argv[1:] if args is None else args))
+        processes.finish()
     except InterruptedRun as stop:
         print(f"\n{command}: {stop}", file=sys.stderr)
+        processes.finish()
         return 130
     except KeyboardInterrupt:
-        print(f"\n{command}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return give_up(command, 130, "interrupted; run the same command again to go on")
     except Exception as error:
         sentence = explain(error)
         if sentence is None or os.environ.get("JAXDIFF_TRACEBACK"):
+            processes.await_cause()
+            processes.fail(1, f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
-        print(f"{command}: error: {sentence}", file=sys.stderr)
-        return 2
+        return give_up(command, 2, f"error: {sentence}")
     finally:
         signal.signal(signal.SIGTERM, before)
     if paths:
         print("\nWritten:", *(f"  {path}" for path in paths), sep="\n")
     return 0
+
+
+def give_up(command: str, code: int, sentence: str) -> int:
+    """Print why a command ends early, the same to the other processes of its run, and return the exit code."""
+    print(("\n" if code == 130 else "") + f"{command}: {sentence}", file=sys.stderr)
+    processes.fail(code, sentence)
+    return code
 
 
 def print_commands(program: str, arguments: str, commands: Mapping[str, str], word: str) -> int:

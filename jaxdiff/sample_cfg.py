@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff.command import run_command
+from jaxdiff.device_settings import ProcessSettings
 from jaxdiff.settings import (
     SamplingSettings,
     require,
@@ -23,6 +24,8 @@ from jaxdiff.settings import (
     require_trained_branches,
 )
 from jaxdiff.train_cfg import Config as TrainConfig
+
+Group = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,8 @@ class Config:
     """Seed of the samples."""
     checkpoint: Literal["last", "best"] = "last"
     """Which checkpoint to sample: the last, or the one of lowest loss on held-out images."""
-    devices: int | None = None
-    """Devices that share a batch; None means all."""
-    sampling: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
+    devices: Annotated[ProcessSettings, Group] = field(default_factory=ProcessSettings)
+    sampling: Annotated[SamplingSettings, Group] = field(default_factory=SamplingSettings)
     samples_per_class: int = 100
     """Judged samples of each class in each domain."""
     deliver: int = 0
@@ -47,7 +49,6 @@ class Config:
 
     def __post_init__(self):
         require_at_least("samples_per_class", self.samples_per_class, 1)
-        require_at_least("devices", 1 if self.devices is None else self.devices, 1)
         require(
             self.out.expanduser().resolve() != self.run.expanduser().resolve(),
             f"--out {self.out} is the run itself, whose report would be replaced: choose another folder",
@@ -62,7 +63,8 @@ class Config:
 def run(config: Config) -> list[Path]:
     """Restore a run's model and judge, sample, judge and report."""
     from jaxdiff.io.runs import as_json, make_folder, read_run
-    from jaxdiff.mesh import make_mesh
+    from jaxdiff.mesh import open_mesh
+    from jaxdiff.processes import on_leader
     from jaxdiff.recipes.conditional_training import restore_trained
     from jaxdiff.recipes.digits_report import Evaluation, evaluate
     from jaxdiff.recipes.sampling import make_sampler
@@ -71,8 +73,9 @@ def run(config: Config) -> list[Path]:
     folder, trained_with = read_run(config.run, TrainConfig)
     require_timesteps(config.sampling, trained_with.diffusion)
     require_trained_branches(config.sampling, trained_with.training)
-    mesh = make_mesh(config.devices)
-    out = make_folder(config.out)
+    mesh = open_mesh(config.devices)
+    out = config.out.expanduser().resolve()
+    on_leader(lambda: make_folder(out))
     model, params, judge, figures = restore_trained(
         folder,
         trained_with.preset,

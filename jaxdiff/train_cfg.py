@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff.command import run_command
+from jaxdiff.device_settings import ProcessSettings
 from jaxdiff.settings import (
     DiffusionSettings,
     SamplingSettings,
@@ -42,8 +43,7 @@ class Config:
     """Seed of initial parameters, data order, noise and samples."""
     resume: Literal["auto", "never"] = "auto"
     """Go on from the last checkpoint, or delete the run's checkpoints and start over."""
-    devices: int | None = None
-    """Devices that share a batch; None means all."""
+    devices: Annotated[ProcessSettings, Group] = field(default_factory=ProcessSettings)
     image_size: int | None = None
     """Height and width in pixels to resize to; None keeps the data's own."""
     preset: Literal["tiny", "small", "base"] = "tiny"
@@ -63,8 +63,7 @@ class Config:
     def __post_init__(self):
         for name in ("judge_steps", "samples_per_class"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("devices", "image_size"):
-            require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        require_at_least("image_size", 1 if self.image_size is None else self.image_size, 1)
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
         require(
             0 <= self.deliver <= self.samples_per_class,
@@ -78,27 +77,27 @@ class Config:
 FREE = {
     "out",
     "resume",
-    "devices",
     "log_every",
     "save_every",
     "sample_every",
     "samples_per_class",
     "deliver",
-} | {field.name for field in dataclasses.fields(SamplingSettings)}
+} | {field.name for group in (ProcessSettings, SamplingSettings) for field in dataclasses.fields(group)}
 
 
 def run(config: Config) -> list[Path]:
     """Load and check the data, train judge and model, sample, judge and report."""
     from jaxdiff.io.datasets import check_data, describe, load_data
     from jaxdiff.io.runs import MADE_BY_TRAINING, as_json, check_config, check_same_data, check_writable, open_run
-    from jaxdiff.mesh import make_mesh, require_divisible
+    from jaxdiff.mesh import open_mesh, require_divisible
+    from jaxdiff.processes import on_leader
     from jaxdiff.recipes.conditional_training import build_training, train
     from jaxdiff.recipes.digits_report import Evaluation, evaluate
     from jaxdiff.recipes.judge import prepare_judge
     from jaxdiff.recipes.sampling import make_sampler
 
     started = time.perf_counter()
-    mesh = make_mesh(config.devices)
+    mesh = open_mesh(config.devices)
     require_divisible(config.training.batch_size, mesh, "--batch-size", config.training.accumulation_steps)
     check_writable(config.out)
     if config.resume == "auto":
@@ -109,8 +108,9 @@ def run(config: Config) -> list[Path]:
         splits.train, config.preset, config.dtype, config.diffusion, config.training, config.seed, mesh
     )
     # Only now, because a folder that holds a config is taken for a run, and nothing above may spoil an older one.
-    out = open_run(config.out, as_json(config), FREE, start_over=config.resume == "never")
-    check_same_data(out, check_data(splits))
+    out = config.out.expanduser().resolve()
+    on_leader(lambda: open_run(out, as_json(config), FREE, start_over=config.resume == "never"))
+    on_leader(lambda: check_same_data(out, check_data(splits)))
     sampler = make_sampler(parts.model, config.sampling, mesh)
     judge, judged = prepare_judge(splits, config.judge_steps, config.seed, mesh, out)
     params, trained = train(

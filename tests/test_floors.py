@@ -15,6 +15,8 @@ FLOOR_0 = {
     "shapes",
     "errors",
     "mesh",
+    "processes",
+    "device_settings",
     "settings",
     "ddim_settings",
     "text2image_settings",

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jaxdiff.errors import InputError
+from jaxdiff.processes import barrier, is_leader
 
 DIGESTS = "digests.json"
 METRIC = "validation_loss"
@@ -38,9 +39,10 @@ class Checkpoints:
         for logger in ("absl", "asyncio"):
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         # Before Orbax opens the folder, because it reads some of the files and fails on damaged ones.
-        for folder in sorted(self.directory.glob("[0-9]*")):
+        for folder in sorted(self.directory.glob("[0-9]*")) if is_leader() else ():
             if folder.name.isdecimal() and (fault := find_damage(folder)):
                 self._set_aside(int(folder.name), fault)
+        barrier()  # else another process would list what is about to be set aside
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -95,7 +97,7 @@ class Checkpoints:
             folder = self.directory / str(step)
             if not folder.is_dir():
                 raise OSError(f"{folder}: the checkpoint is not there after its write ended")
-            if jax.process_index() == 0:
+            if is_leader():
                 write_digests(folder)
 
     def close(self) -> None:
@@ -150,7 +152,7 @@ class Checkpoints:
     def _set_aside(self, step: int, fault: str) -> None:
         """Move a damaged checkpoint out of the way, so that the one before it is used, and say so."""
         self.report(f"{self.directory}: checkpoint {step} is damaged ({fault}); it was set aside as {DAMAGED}{step}")
-        if jax.process_index() == 0:
+        if is_leader():
             target = self.directory / f"{DAMAGED}{step}"
             shutil.rmtree(target, ignore_errors=True)
             os.replace(self.directory / str(step), target)

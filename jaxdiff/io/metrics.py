@@ -9,14 +9,22 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from jaxdiff.processes import is_leader
+
 METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Figures by step in metrics.jsonl and TensorBoard; a resumed log reads like an uninterrupted one."""
+    """Figures by step in metrics.jsonl and TensorBoard; a resumed log reads like an uninterrupted one.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, folder: Path, resumed_step: int):
         """Open the log, forgetting everything after `resumed_step`, which will be done again."""
+        self._writes = is_leader()
+        if not self._writes:
+            return
         path = folder / METRICS
         kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
         partial = path.with_suffix(".partial")
@@ -37,6 +45,8 @@ class MetricsLog:
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise ValueError(f"{name} is {value} at step {step}")
+        if not self._writes:
+            return
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
@@ -44,8 +54,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close both files."""
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

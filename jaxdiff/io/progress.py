@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+from jaxdiff.processes import is_leader
+
 
 def progress_bar(total: int, doing: str, unit: str, initial: int = 0, leave: bool = True) -> tqdm:
     """Return a bar to `update()`, as a context manager.
@@ -25,4 +27,5 @@ def progress_bar(total: int, doing: str, unit: str, initial: int = 0, leave: boo
         dynamic_ncols=True,
         mininterval=interval,
         maxinterval=interval,
+        disable=not is_leader(),
     )

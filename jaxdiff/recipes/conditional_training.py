@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxdiff import processes
 from jaxdiff.errors import InputError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Dataset, Splits, batches
@@ -18,7 +19,7 @@ from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
 from jaxdiff.io.runs import Figures, read_json
-from jaxdiff.mesh import put_batch
+from jaxdiff.mesh import put_whole
 from jaxdiff.models.classifier import ClassifierConfig
 from jaxdiff.recipes.conditional import ConditionalModel, build_conditional_model
 from jaxdiff.recipes.evaluation import draw_samples
@@ -100,12 +101,13 @@ def train(
 
     def draw_grid(step: int, ema_params: Any) -> None:
         images = draw_samples(sampler, parts.model, ema_params, GRID_COLUMNS, seed, sample_batch_size, mesh)
-        write_png(out / "grids" / f"step_{step:07d}.png", side_by_side(parts.model, images, step))
+        if processes.is_leader():
+            write_png(out / "grids" / f"step_{step:07d}.png", side_by_side(parts.model, images, step))
 
     try:
         state = TrainingLoop(
             make_train_step(parts.loss_fn, parts.optimizer, mesh, training.ema_decay, training.accumulation_steps),
-            batches(splits.train, seed, training.batch_size, jax.process_index(), jax.process_count()),
+            batches(splits.train, seed, training.batch_size, processes.index(), processes.count()),
             training,
             mesh,
             checkpoints,
@@ -208,7 +210,7 @@ def fixed_validation_loss(
     """
     batch_at = batches(held_out, 0, batch_size)
     parts = [
-        (put_batch(batch_at(k), mesh), image_keys_at(jax.random.key(0), jnp.int32(k), batch_size))
+        (put_whole(batch_at(k), mesh), image_keys_at(jax.random.key(0), jnp.int32(k), batch_size))
         for k in range(max(1, VALIDATION_IMAGES // batch_size))
     ]
     part_loss = jax.jit(loss_fn)

@@ -2,31 +2,38 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 
 from jaxdiff.io.images import write_png
 from jaxdiff.io.metrics import METRICS, read_lines
-from jaxdiff.io.provenance import tree_hash
+from jaxdiff.io.provenance import tree_hash, versions
 from jaxdiff.io.report import Confusion, Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
-from jaxdiff.io.runs import DATA, read_json, write_results
+from jaxdiff.io.runs import DATA, Figures, as_json, read_json, write_results
+from jaxdiff.io.shards import Shards
+from jaxdiff.mesh import bring_home, device_name, own_mesh, round_up
+from jaxdiff.processes import barrier, is_leader
 from jaxdiff.recipes.conditional import ConditionalModel
 from jaxdiff.recipes.evaluation import (
     Samples,
+    by_domain,
     deliver,
     domain_grid,
-    draw_samples,
+    draw_shards,
     judge_figures,
     judge_samples,
     reverse_strips,
 )
 from jaxdiff.recipes.judge import Judge, confusion_matrix
-from jaxdiff.recipes.sampling import ImageSampler
+from jaxdiff.recipes.sampling import ImageSampler, make_sampler
 from jaxdiff.settings import SamplingSettings
+
+SHARDS = "shards"
 
 
 def percent(share: float) -> str:
@@ -127,18 +134,11 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
       config: for the record.
       started: `time.perf_counter()` when the command began.
     """
+    task = on_own_devices(task)
     model, out = task.model, task.out
-    begun = time.perf_counter()
-    images = draw_samples(
-        task.sampler,
-        model,
-        task.params,
-        task.samples_per_class,
-        task.seed,
-        task.sampling.sample_batch_size,
-        task.mesh,
-    )
-    sampled = time.perf_counter() - begun
+    images, rate = draw_all(task)
+    if not is_leader():
+        return []
     samples = judge_samples(task.judge, images, task.mesh)
     grids = [domain_grid(model, images[d], name, task.sampling) for d, name in enumerate(model.domain_names)]
     strips = reverse_strips(model, task.params, task.sampling, task.seed, task.mesh)
@@ -152,7 +152,7 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
     figures = {
         **figures,
         **judge_figures(model, samples, task.seed),
-        "sampling.images_per_second": images[..., 0, 0, 0].size / sampled,
+        **rate,
         "seconds": time.perf_counter() - started,
     }
     for name in model.domain_names:
@@ -165,10 +165,45 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
         "ema_params": tree_hash(task.params),
         "judge": tree_hash(task.judge.params),
     }
-    device = f"{task.mesh.size} x {task.mesh.devices.flat[0].device_kind}"
-    results = write_results(out, figures, config, hashes, device)
+    results = write_results(out, figures, config, hashes, device_name(task.mesh))
     page = write_page(task, samples, figures, grids, strips, read_json(results))
-    return [*paths, results, page]
+    return [*paths, out / SHARDS, results, page]
+
+
+def on_own_devices(task: Evaluation) -> Evaluation:
+    """Return the same on this process's devices alone: of several, each draws its own share of the images."""
+    mesh = own_mesh(task.mesh)
+    if mesh is task.mesh:
+        return task
+    params, judge_params = bring_home((task.params, task.judge.params), task.mesh)
+    return replace(
+        task,
+        params=params,
+        judge=task.judge._replace(params=judge_params),
+        sampler=make_sampler(task.model, task.sampling, mesh),
+        mesh=mesh,
+    )
+
+
+def draw_all(task: Evaluation) -> tuple[UInt8[np.ndarray, "D K M H W C"], Figures]:
+    """Sample every image that is not in a file yet, and return all, and how many this process drew in a second."""
+    model, at_once = task.model, round_up(task.sampling.sample_batch_size, task.mesh)
+    about = {
+        "params": tree_hash(task.params),
+        "sampling": as_json(task.sampling),
+        "names": [list(model.domain_names), list(model.class_names)],
+        "samples_per_class": task.samples_per_class,
+        "images_of_a_file": at_once,
+        "seed": task.seed,
+        "versions": versions(device_name(task.mesh)),
+    }
+    total = len(model.domain_names) * len(model.class_names) * task.samples_per_class
+    shards = Shards(task.out / SHARDS, about, -(-total // at_once))
+    begun = time.perf_counter()
+    drawn = draw_shards(shards, task.sampler, model, task.params, task.samples_per_class, task.seed, at_once, task.mesh)
+    rate: Figures = {"sampling.images_per_second": drawn / (time.perf_counter() - begun)} if drawn else {}
+    barrier()
+    return by_domain(model, shards.read()["images"]), rate
 
 
 def write_page(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
@@ -18,7 +17,8 @@ from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import to_uint8, write_png
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import Figures
-from jaxdiff.mesh import round_up
+from jaxdiff.io.shards import Shards
+from jaxdiff.mesh import put_whole, round_up
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.judge import Judge, bootstrap_interval, recognise
 from jaxdiff.recipes.sampling import ImageSampler, make_sampler, reverse_process, sample_pixels
@@ -48,15 +48,49 @@ def draw_samples(
     mesh: Mesh,
 ) -> UInt8[np.ndarray, "D K M H W C"]:
     """Sample `per_class` images of each class in each domain, at least `batch_size` at once."""
-    shape = len(model.domain_names), len(model.class_names), per_class
-    domains, classes, noises = (axis.ravel().astype(np.int32) for axis in np.indices(shape))
+    domains, classes, noises = image_numbers(model, per_class)
     at_once = round_up(batch_size, mesh)
     parts = []
     with progress_bar(len(noises), "sampling", "image", leave=False) as bar:
         for part in sample_pixels(sampler, params, seed, noises, Condition(classes, domains), at_once, mesh):
             parts.append(part)
             bar.update(len(part))
-    return np.concatenate(parts).reshape(*shape, *model.image_shape)
+    return by_domain(model, np.concatenate(parts))
+
+
+def image_numbers(model: ConditionalModel, per_class: int) -> list[Int[np.ndarray, "N"]]:
+    """Return domain, class and noise of every image, domain after domain, class after class."""
+    shape = len(model.domain_names), len(model.class_names), per_class
+    return [axis.ravel().astype(np.int32) for axis in np.indices(shape)]
+
+
+def by_domain(model: ConditionalModel, images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "D K M H W C"]:
+    """Order images that stand in the order of `image_numbers` by domain, class and noise."""
+    return images.reshape(len(model.domain_names), len(model.class_names), -1, *model.image_shape)
+
+
+def draw_shards(
+    shards: Shards,
+    sampler: ImageSampler,
+    model: ConditionalModel,
+    params: Any,
+    per_class: int,
+    seed: int,
+    at_once: int,
+    mesh: Mesh,
+) -> int:
+    """Sample into files of `at_once` images those that are missing and this process's to draw; return how many."""
+    domains, classes, noises = image_numbers(model, per_class)
+    drawn = 0
+    with progress_bar(len(noises), "sampling", "image", leave=False) as bar:
+        for number in shards.missing():
+            part = slice(number * at_once, (number + 1) * at_once)
+            condition = Condition(classes[part], domains[part])
+            (images,) = sample_pixels(sampler, params, seed, noises[part], condition, at_once, mesh)
+            shards.write(number, {"images": images})
+            drawn += len(images)
+            bar.update(len(images))
+    return drawn
 
 
 def judge_samples(judge: Judge, images: UInt8[np.ndarray, "D K M H W C"], mesh: Mesh) -> Samples:
@@ -108,9 +142,8 @@ def reverse_strips(
     # Repeated up to a multiple of the devices, because a batch must split over them.
     domains = np.resize(np.arange(len(model.domain_names), dtype=np.int32), round_up(len(model.domain_names), mesh))
     zeros = np.zeros_like(domains)
-    _, trajectory = sampler(
-        params, image_keys(stream_key(seed, Stream.SAMPLES), jnp.asarray(zeros)), Condition(zeros, domains)
-    )
+    numbers, condition = put_whole((zeros, Condition(zeros, domains)), mesh)
+    _, trajectory = sampler(params, image_keys(stream_key(seed, Stream.SAMPLES), numbers), condition)
     process, timesteps = reverse_process(settings, model.schedule)
     seen_at = np.asarray(process.plan(timesteps).seen_at)
     taken = np.unique(np.linspace(0, len(seen_at), SNAPSHOTS).round().astype(int))

@@ -13,13 +13,14 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt8
 
+from jaxdiff import processes
 from jaxdiff.errors import InputError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Batch, Dataset, Splits, batches
 from jaxdiff.io.images import to_float
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import Figures, write_json
-from jaxdiff.mesh import put_batch, round_up
+from jaxdiff.mesh import put_whole, replicated, round_up
 from jaxdiff.models.classifier import Classifier, ClassifierConfig
 from jaxdiff.recipes.training import (
     LossFn,
@@ -77,7 +78,8 @@ def train_judge(train: Dataset, num_steps: int, batch_size: int, seed: int, mesh
         state = restored[0]
     else:
         step = make_train_step(make_judge_loss(Classifier(config)), optimizer, mesh, ema_decay=0.99)
-        results = fit(state, step, batches(train, seed, batch_size), num_steps, mesh)
+        batch_at = batches(train, seed, batch_size, processes.index(), processes.count())
+        results = fit(state, step, batch_at, num_steps, mesh)
         with progress_bar(num_steps, "judge", "step") as bar:
             for result in results:
                 state = result.state
@@ -105,7 +107,8 @@ def prepare_judge(splits: Splits, num_steps: int, seed: int, mesh: Mesh, run: Pa
         )
     height, width, channels = held_out.images.shape[1:]
     names = {"class_names": held_out.class_names, "domain_names": held_out.domain_names}
-    write_json(run / JUDGE, {**names, "image_shape": [height, width, channels], "figures": figures})
+    if processes.is_leader():
+        write_json(run / JUDGE, {**names, "image_shape": [height, width, channels], "figures": figures})
     return judge, figures
 
 
@@ -139,16 +142,16 @@ def recognise(judge: Judge, images: UInt8[np.ndarray, "N H W C"], mesh: Mesh) ->
     model = Classifier(judge.config)
     batch_size = 32 * mesh.size
 
-    @jax.jit
     def classify(params, pixels):
         logits: Any = model.apply({"params": params}, to_float(pixels))
         return [jnp.argmax(head, axis=-1) for head in logits]
 
+    compiled = jax.jit(classify, out_shardings=replicated(mesh))
     answers = []
     for start in range(0, len(images), batch_size):
         # The last batch is padded to the same size, so that only one program is compiled.
         chosen = np.arange(start, start + batch_size).clip(max=len(images) - 1)
-        answers.append([np.asarray(a) for a in classify(judge.params, put_batch(images[chosen], mesh))])
+        answers.append([np.asarray(a) for a in compiled(judge.params, put_whole(images[chosen], mesh))])
     classes, domains = (np.concatenate(column)[: len(images)] for column in zip(*answers))
     return Verdict(classes, domains)
 

@@ -22,7 +22,7 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM, Sampler, image_keys, sample, 
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.diffusion.timesteps import Walk, check_reach, timestep_spacing, with_final
 from jaxdiff.io.images import to_uint8
-from jaxdiff.mesh import put_batch, replicated
+from jaxdiff.mesh import put_whole, replicated
 from jaxdiff.recipes.conditional import Condition, ConditionalModel
 from jaxdiff.recipes.training import Stream, stream_key
 from jaxdiff.settings import SamplerName, SamplingSettings, Threshold
@@ -144,7 +144,7 @@ def in_batches(arrays: Any, batch_size: int, mesh: Mesh) -> Iterator[tuple[Any, 
     All parts have `batch_size` images: the last one repeats its last image.
     """
     for chosen, count in batch_numbers(len(jax.tree.leaves(arrays)[0]), batch_size):
-        yield put_batch(jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], arrays), mesh), count
+        yield put_whole(jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], arrays), mesh), count
 
 
 def batch_numbers(total: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, "B"], int]]:

@@ -16,7 +16,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from jaxdiff.mesh import put_batch, replicated
+from jaxdiff.mesh import put_batch, replicated, split_large
 from jaxdiff.shapes import ImageKeys, PRNGKey
 
 LossFn = Callable[..., jax.Array]
@@ -56,12 +56,13 @@ class StepResult(NamedTuple):
 
 
 def create_state(params: Any, optimizer: optax.GradientTransformation, key: PRNGKey, mesh: Mesh) -> TrainState:
-    """Return the state at step 0, replicated over the mesh."""
+    """Return the state at step 0, placed on the mesh by `split_large`."""
 
     def build(params, key):
         return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params), key)
 
-    return jax.jit(build, out_shardings=replicated(mesh))(params, key)
+    shardings = split_large(jax.eval_shape(build, params, key), mesh)
+    return jax.jit(build, out_shardings=shardings)(params, key)
 
 
 def make_optimizer(
@@ -132,9 +133,11 @@ def make_train_step(
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = jax.tree.map(lambda ema, p: decay * ema + (1 - decay) * p, state.ema_params, params)
         new_state = TrainState(state.step + 1, params, ema_params, opt_state, state.key)
-        return new_state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        # Where the old state lay, whose buffers it takes over.
+        placed = jax.lax.with_sharding_constraint(new_state, split_large(new_state, mesh))
+        return placed, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
-    compiled = jax.jit(train_step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
+    compiled = jax.jit(train_step, donate_argnums=0, out_shardings=(None, replicated(mesh)))
     return lambda state, batch: compiled(state, batch, *others)
 
 

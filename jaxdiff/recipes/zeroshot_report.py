@@ -16,6 +16,7 @@ from jaxdiff.io.images import write_png
 from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.io.report import Confusion, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import read_json, write_results
+from jaxdiff.mesh import device_name
 from jaxdiff.recipes.classify import choose_cases, confused_pairs, recalls
 from jaxdiff.recipes.digits_report import percent
 from jaxdiff.recipes.judge import confusion_matrix
@@ -86,8 +87,7 @@ def write_outputs(
         figures |= {f"prompt_weight.{text}.{result.name}": weight for text, weight in result.weights.items()}
     figures |= {"classes": len(images.class_names), "seconds": time.perf_counter() - started}
     hashes = {f"params.{result.name}": result.params_hash for result in results}
-    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    record = write_results(out, figures, config, hashes, device)
+    record = write_results(out, figures, config, hashes, device_name(mesh))
     page = write_page(out / "report.html", results, titles, images, prompts, sections, read_json(record))
     return [*paths, record, page]
 
