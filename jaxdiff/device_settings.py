@@ -8,17 +8,17 @@ from jaxdiff.settings import require, require_at_least
 
 
 class Place(NamedTuple):
-    """Where a process of several stands.
+    """Where a process of several stands, in the words of `jax.distributed.initialize`.
 
     Attributes:
-      coordinator: HOST:PORT at which process 0 answers.
-      count: number of processes.
-      index: of this one, 0 to count - 1.
+      coordinator_address: HOST:PORT at which process 0 answers.
+      num_processes: all of them.
+      process_id: 0 to num_processes - 1.
     """
 
-    coordinator: str
-    count: int
-    index: int
+    coordinator_address: str
+    num_processes: int
+    process_id: int
 
 
 @dataclass(frozen=True)

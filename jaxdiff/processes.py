@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 EXIT_LOST = 3
 """Exit code of a process that leaves because of another one."""
-SILENT_SECONDS = 8.0
+SILENT_SECONDS = 7.0
 """A process that was not heard of for this long is lost."""
-HEARTBEAT_SECONDS = 12
+HEARTBEAT_SECONDS = 13
 """The same for JAX's runtime, which only speaks where the watch could not."""
 BEAT_SECONDS = 1.0
 BARRIER_SECONDS = 7 * 24 * 3600
@@ -55,7 +55,7 @@ class _Group:
     def tell(self, cause: str) -> None:
         """Have process 0 tell all others why they must leave; they read it in their next beat."""
         self.client.key_value_set(f"{NEWS}/cause", cause, allow_overwrite=True)
-        time.sleep(2.5 * BEAT_SECONDS)  # their line goes with this process
+        time.sleep(2 * BEAT_SECONDS)  # their line goes with this process
 
     def _talk(self) -> None:
         """Beat every second; process 0 also reads all beats, and the others what it says of them."""
@@ -117,7 +117,7 @@ def join(settings: ProcessSettings) -> None:
     # Its handler would swallow SIGTERM; `mesh.Agreement` has all processes stop after the same step.
     jax.config.update("jax_enable_preemption_service", False)
     place = settings.place
-    known = {} if place is None else dict(zip(("coordinator_address", "num_processes", "process_id"), place))
+    known: dict[str, Any] = {} if place is None else place._asdict()
     try:
         jax.distributed.initialize(**known, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except Exception as error:  # ValueError, TypeError and gRPC's own

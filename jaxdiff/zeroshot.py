@@ -5,15 +5,22 @@
 Writes into --out: predictions.csv, per_class.csv, sheets of successes and failures, results.json and report.html.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from jaxdiff.command import run_command
+from jaxdiff.device_settings import ProcessSettings
 from jaxdiff.settings import as_flag, require, require_at_least
+
+FEATURES = "features"
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,12 @@ class Config:
     """Pictures encoded at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the networks compute in."""
-    devices: int | None = None
-    """Devices that share a batch; None means all."""
+    devices: Annotated[ProcessSettings, tyro.conf.arg(name="")] = dataclass_field(default_factory=ProcessSettings)
     tiny_steps: int | None = None
     """Training steps of tiny-digits; None means 900."""
 
     def __post_init__(self):
-        for name in ("cases", "batch_size", "devices", "tiny_steps"):
+        for name in ("cases", "batch_size", "tiny_steps"):
             value = getattr(self, name)
             require_at_least(name, 1 if value is None else value, 1)
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
@@ -84,12 +90,13 @@ def run(config: Config) -> list[Path]:
     """Load pictures and models, classify, report."""
     from jaxdiff.io.labelled_images import load_labelled
     from jaxdiff.io.runs import as_json, check_writable, make_folder
-    from jaxdiff.mesh import make_mesh
+    from jaxdiff.mesh import open_mesh, own_mesh
+    from jaxdiff.processes import is_leader
     from jaxdiff.recipes.zeroshot import classify, make_prompts, prepare_encoder
     from jaxdiff.recipes.zeroshot_report import write_outputs
 
     started = time.perf_counter()
-    mesh = make_mesh(config.devices)
+    mesh = own_mesh(open_mesh(config.devices))
     check_writable(config.out)
     images = load_labelled(config.images, config.labels, config.clean_names)
     prompts = make_prompts(images.class_names, config.template, config.descriptions, config.prompt_weights)
@@ -99,8 +106,9 @@ def run(config: Config) -> list[Path]:
             require(not given, f"{as_flag(name)} has no effect with one template: give several, or drop it")
     counts = f"{len(images.names):,} pictures of {len(images.class_names):,} classes, {len(prompts.flat):,} prompts"
     print(counts + ("" if config.prompt_weights == "equal" else f", weighted by {config.prompt_weights}"))
+    features = config.out.expanduser().resolve() / FEATURES
     results, too_long = [], 0
-    for name in config.model:
+    for number, name in enumerate(config.model):
         encoder = prepare_encoder(name, config.revision, config.dtype, config.tiny_steps, mesh)
         too_long += encoder.tokenizer.count_too_long(prompts.flat)
         needless = config.truncate and name == config.model[-1] and not too_long
@@ -113,16 +121,24 @@ def run(config: Config) -> list[Path]:
             config.truncate,
             config.batch_size,
             config.seed,
+            features / str(number),
         )
+        if result is None:
+            continue
         found = result.figures
         print(
-            f"{name}: top-1 {found['top1']:.1%} ({found['top1_low']:.1%} to {found['top1_high']:.1%}), "
-            f"{found['images_per_second']:,.0f} images/s"
+            f"{name}: top-1 {found['top1']:.1%} ({found['top1_low']:.1%} to {found['top1_high']:.1%})"
+            + (f", {found['images_per_second']:,.0f} images/s" if "images_per_second" in found else "")
             + (f", {found['skipped']} skipped" if found["skipped"] else "")
         )
         results.append(result)
+    if not is_leader():
+        return []
     out = make_folder(config.out)
-    return write_outputs(out, results, images, prompts, config.cases, config.seed, as_json(config), mesh, started)
+    written = write_outputs(out, results, images, prompts, config.cases, config.seed, as_json(config), mesh, started)
+    # Only for a run that is killed before its end.
+    shutil.rmtree(features)
+    return written
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 The toy problem is a table of vectors, a matrix, a scale and a bias, which PyTorch can be given too.
 """
 
+import functools
 import os
 import re
 import signal
@@ -21,13 +22,16 @@ from tiny_model import SHAPE, T, TinyNetwork, random_params, tiny_model, tiny_un
 
 from jaxdiff.errors import InputError, InterruptedRun
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.datasets import Dataset, batches
+from jaxdiff.io.datasets import Batch, Dataset, batches
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
-from jaxdiff.mesh import make_mesh, put_batch
+from jaxdiff.mesh import LARGE, make_mesh, put_batch
+from jaxdiff.models.unet import UNet, UNetConfig
 from jaxdiff.recipes.loop import TrainingLoop
 from jaxdiff.recipes.objective import make_diffusion_loss
 from jaxdiff.recipes.training import create_state, fit, make_optimizer, make_train_step
 from jaxdiff.settings import DiffusionSettings, TrainingSettings
+
+FAST = {"xla_backend_optimization_level": "0"}
 
 
 class ToyBatch(NamedTuple):
@@ -246,6 +250,68 @@ def test_one_and_eight_devices_take_the_same_step(network_run):
         chex.assert_trees_all_close(jax.device_get(getattr(eight, name)), getattr(one, name), atol=FLOAT32_ATOL)
     step_taken = [np.linalg.norm(a - b) for a, b in zip(values_of(one.params), values_of(start(1).params))]
     assert np.linalg.norm(step_taken) > 1000 * FLOAT32_ATOL
+
+
+CURVE = 50
+MESHES = [(8, 1), (4, 2), pytest.param((1, 8), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def curve_of():
+    """(mesh) -> 50 losses of a whole network under AdamW, its kernels split where the mesh has fsdp."""
+    model = tiny_model(TinyNetwork())
+    images = np.random.default_rng(0).integers(0, 256, (20, *SHAPE), dtype=np.uint8)
+    number = np.arange(20, dtype=np.int32)
+    data = Dataset(images, number % 3, number % 2, model.class_names, model.domain_names)
+    loss_fn = make_diffusion_loss(model, DiffusionSettings(num_train_timesteps=T), TrainingSettings())
+    params = random_params(model.init)
+    optimizer, _ = make_optimizer(1e-3, 5, CURVE, 0.01, 1.0)
+
+    def curve(*shape):
+        mesh = make_mesh(*shape)
+        state = create_state(params, optimizer, jax.random.key(7), mesh)
+        step = make_train_step(loss_fn, optimizer, mesh, 0.9)
+        results = list(fit(state, step, batches(data, 0, 8), CURVE, mesh))
+        return [float(result.metrics["loss"]) for result in results], state, results[-1].state
+
+    with pytest.MonkeyPatch.context() as patch:
+        # The network is small, so that only few arrays of it are large.
+        patch.setattr("jaxdiff.mesh.LARGE", 64)
+        yield functools.cache(curve)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_loss_curve_is_that_of_one_device(curve_of, shape):
+    (one, _, _), (many, start, end) = curve_of(1), curve_of(*shape)
+    np.testing.assert_allclose(many, one, atol=1e-5)
+    assert np.ptp(one) > 1000 * 1e-5
+    # The new state lies where the old one lay, and of the large arrays each device holds its part.
+    for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, before.ndim)
+        held = {shard.data.size for shard in after.addressable_shards}
+        large = after.size >= 64 and any(size % shape[1] == 0 for size in after.shape)
+        assert held == {after.size // shape[1] if large else after.size}
+
+
+def test_a_device_needs_less_memory_the_more_devices_share_the_state():
+    model = tiny_model(UNet(UNetConfig(block_out_channels=(64,), attention=(False,), num_classes=3, num_domains=2)))
+    loss_fn = make_diffusion_loss(model, DiffusionSettings(num_train_timesteps=T), TrainingSettings())
+    optimizer, _ = make_optimizer(1e-3, 5, CURVE, 0.01, 1.0)
+    params = random_params(model.init)
+    batch = Batch(np.zeros((8, *SHAPE), np.uint8), np.zeros(8, np.int32), np.zeros(8, np.int32))
+    needed = {}
+    for fsdp in (1, 2, 8):
+        mesh = make_mesh(8 // fsdp, fsdp)
+        state = create_state(params, optimizer, jax.random.key(0), mesh)
+        step = jax.jit(make_train_step(loss_fn, optimizer, mesh, 0.9), donate_argnums=0)
+        lowered = step.lower(state, put_batch(batch, mesh))
+        needed[fsdp] = lowered.compile(FAST).memory_analysis().argument_size_in_bytes
+    # Parameters, average and two moments, of which all but the small arrays is shared.
+    whole = 4 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    large = 4 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.size >= LARGE)
+    assert large > 0.8 * whole
+    for fsdp, found in needed.items():
+        assert found == pytest.approx(whole - large + large / fsdp, rel=0.01)
 
 
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(network_run, tmp_path):

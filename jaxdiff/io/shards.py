@@ -7,14 +7,14 @@ Killed at any moment and run again, such work goes on where it stopped: a file i
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.runs import read_json, write_json
+from jaxdiff.io.runs import make_folder, read_json, write_json
 from jaxdiff.io.weights import read_safetensors, write_safetensors
 from jaxdiff.processes import barrier, on_leader, own_share
 
@@ -24,17 +24,17 @@ ABOUT = "about.json"
 class Shards:
     """The numbered files of one piece of work, in a folder of their own."""
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], total: int):
+    def __init__(self, folder: Path, about: Callable[[], Mapping[str, Any]], total: int):
         """Open the folder; process 0 first deletes in it what was made from something else.
 
         Args:
           folder: need not exist.
-          about: JSON values that decide every byte of the files.
+          about: returns the JSON values that decide every byte of the files; called by process 0 alone.
           total: number of files when all is done.
         """
         self.folder = folder
         self.total = total
-        on_leader(lambda: self._clear(about))
+        on_leader(lambda: self._clear(about()))
 
     def _clear(self, about: Mapping[str, Any]) -> None:
         path = self.folder / ABOUT
@@ -43,7 +43,7 @@ class Shards:
         if self.folder.is_dir() and any(self.folder.iterdir()) and not path.exists():
             raise InputError(f"{self.folder}: has no {ABOUT}, so it may not be jaxdiff's to empty; remove it")
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        make_folder(self.folder)
         write_json(path, about)
 
     def missing(self) -> Iterator[int]:

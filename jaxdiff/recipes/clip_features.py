@@ -1,8 +1,9 @@
 """Features of many pictures and many prompts: batched, split over the devices, decoded ahead of them."""
 
 import hashlib
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from jaxdiff.io.hub import open_model
 from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.io.preprocess import Preprocessor, read_preprocessor
 from jaxdiff.io.progress import progress_bar
-from jaxdiff.io.provenance import tree_hash
+from jaxdiff.io.provenance import tree_hash, versions
+from jaxdiff.io.shards import Shards
 from jaxdiff.io.tokenizer import CLIPTokenizer, read_tokenizer
 from jaxdiff.io.weights import read_safetensors, write_safetensors
-from jaxdiff.mesh import batch_split, put_batch, replicated, round_up
+from jaxdiff.mesh import batch_split, device_name, put_batch, replicated, round_up
 from jaxdiff.models.clip import normalize
+from jaxdiff.processes import barrier, is_leader
 from jaxdiff.recipes.pretrained import FlaxCLIPModel
 
 AHEAD = 4
@@ -58,12 +61,14 @@ class ImageFeatures(NamedTuple):
       embeds: of length 1, one for each picture that could be read.
       kept: the numbers of those pictures.
       skipped: for each of the others, why.
-      seconds: time from the first file to the last embedding, the compilation left out.
+      timed: number of pictures that were encoded just now, in this process.
+      seconds: time from the first of their files to the last embedding, the compilation left out.
     """
 
     embeds: Float[np.ndarray, "N F"]
     kept: Int[np.ndarray, "N"]
     skipped: tuple[str, ...]
+    timed: int
     seconds: float
 
 
@@ -92,9 +97,94 @@ def encode_images(encoder: Encoder, images: LabelledImages, batch_size: int) -> 
     Raises:
       InputError: no picture can be read.
     """
+    batch_size = round_up(min(batch_size, len(images.names)), encoder.mesh)
+    encode = compile_encoder(encoder, batch_size)
+    started = time.perf_counter()
+    kept: list[int] = []
+    skipped: list[str] = []
+    embeds = []
+    with progress_bar(len(images.names), "images", "image") as bar:
+        for pixels, numbers, faults in decode_batches(encoder.preprocessor, images, in_chunks(images, batch_size)):
+            kept += numbers
+            skipped += faults
+            if numbers:
+                # Not waited for: the next batch is put together meanwhile.
+                embeds.append(encode(pixels))
+            bar.update(len(numbers) + len(faults))
+        require_readable(images, kept, skipped)
+        gathered = np.concatenate([np.asarray(part) for part in embeds])
+    seconds = time.perf_counter() - started
+    return ImageFeatures(gathered, np.array(kept), tuple(skipped), len(images.names), seconds)
+
+
+def share_images(encoder: Encoder, images: LabelledImages, batch_size: int, folder: Path) -> ImageFeatures | None:
+    """Encode pictures as `encode_images` does, but batch by batch into files, of which several processes make a share.
+
+    Args:
+      encoder: on this process's own devices.
+      images: all pictures.
+      batch_size: pictures at once.
+      folder: of the files; those that an earlier call left are not made again.
+
+    Returns:
+      The features of all pictures to process 0, None to the others.
+
+    Raises:
+      InputError: no picture can be read.
+    """
+    batch_size = round_up(min(batch_size, len(images.names)), encoder.mesh)
+    chunks = in_chunks(images, batch_size)
+    shards = Shards(folder, lambda: sources_of(encoder, images, batch_size), len(chunks))
+    missing = list(shards.missing())
+    encode = compile_encoder(encoder, batch_size)
+    started = time.perf_counter()
+    batches = decode_batches(encoder.preprocessor, images, [chunks[number] for number in missing])
+    timed = sum(len(chunks[number]) for number in missing)
+    with progress_bar(timed, "images", "image") as bar:
+        for number, (pixels, numbers, faults) in zip(missing, batches):
+            lines = "".join(f"{fault}\n" for fault in faults)
+            arrays = {"embeds": np.asarray(encode(pixels)), "kept": np.array(numbers, np.int64)}
+            shards.write(number, {**arrays, "faults": np.frombuffer(lines.encode(), np.uint8)})
+            bar.update(len(chunks[number]))
+    seconds = time.perf_counter() - started
+    barrier()
+    if not is_leader():
+        return None
+    found = shards.read()
+    skipped = found["faults"].tobytes().decode().splitlines()
+    require_readable(images, found["kept"], skipped)
+    return ImageFeatures(found["embeds"], found["kept"], tuple(skipped), timed, seconds)
+
+
+def sources_of(encoder: Encoder, images: LabelledImages, batch_size: int) -> dict[str, Any]:
+    """Return all that decides the features of pictures: the model, its preprocessing, and which pictures they are."""
+    pictures = hashlib.sha256()
+    for name, source in zip(images.names, images.sources):
+        known = source.tobytes().hex() if isinstance(source, np.ndarray) else describe_file(source)
+        pictures.update(json.dumps([name, known]).encode())
+    return {
+        "params": tree_hash(encoder.model.params),
+        "dtype": str(jnp.dtype(encoder.model.dtype)),
+        "preprocessor": encoder.preprocessor.to_dict(),
+        "pictures": pictures.hexdigest(),
+        "pictures_of_a_file": batch_size,
+        "versions": versions(device_name(encoder.mesh)),
+    }
+
+
+def describe_file(path: Path) -> list[int]:
+    """Return size and time of the last change; -1 where there is no such file."""
+    try:
+        found = path.stat()
+        return [found.st_size, found.st_mtime_ns]
+    except OSError:
+        return [-1, -1]
+
+
+def compile_encoder(encoder: Encoder, batch_size: int) -> Callable[[UInt8[np.ndarray, "B H W 3"]], jax.Array]:
+    """Return the compiled function from at most `batch_size` pictures to their embeddings, which it does not await."""
     module: Any = encoder.model.module
     mesh = encoder.mesh
-    batch_size = round_up(min(batch_size, len(images.names)), mesh)
 
     def encode(params: Any, pixels: UInt8[Array, "B H W 3"]) -> Float[Array, "B F"]:
         looked_up = normalize_pixels(pixels, encoder.preprocessor.table)
@@ -103,27 +193,28 @@ def encode_images(encoder: Encoder, images: LabelledImages, batch_size: int) -> 
     compiled = jax.jit(encode, out_shardings=batch_split(mesh))
     blank = np.zeros((batch_size, *encoder.preprocessor.crop, 3), np.uint8)
     compiled(encoder.model.params, put_batch(blank, mesh)).block_until_ready()
-    started = time.perf_counter()
-    kept: list[int] = []
-    skipped: list[str] = []
-    embeds = []
-    with progress_bar(len(images.names), "images", "image") as bar:
-        for pixels, numbers, faults in decode_batches(encoder.preprocessor, images, batch_size):
-            kept += numbers
-            skipped += faults
-            if numbers:
-                padded = np.concatenate([pixels, blank[len(pixels) :]]) if len(pixels) < batch_size else pixels
-                # Not waited for: the next batch is put together meanwhile.
-                embeds.append(compiled(encoder.model.params, put_batch(padded, mesh))[: len(numbers)])
-            bar.update(len(numbers) + len(faults))
-        if not kept:
-            raise InputError(f"none of {len(images.names):,} pictures can be read; the first is {skipped[0]}")
-        gathered = np.concatenate([np.asarray(part) for part in embeds])
-    return ImageFeatures(gathered, np.array(kept), tuple(skipped), time.perf_counter() - started)
+
+    def padded(pixels: UInt8[np.ndarray, "B H W 3"]) -> jax.Array:
+        whole = np.concatenate([pixels, blank[len(pixels) :]]) if len(pixels) < batch_size else pixels
+        return compiled(encoder.model.params, put_batch(whole, mesh))[: len(pixels)]
+
+    return padded
+
+
+def in_chunks(images: LabelledImages, batch_size: int) -> list[range]:
+    """Return the numbers of the pictures of every batch."""
+    total = len(images.names)
+    return [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
+
+
+def require_readable(images: LabelledImages, kept: Sequence[int] | np.ndarray, skipped: Sequence[str]) -> None:
+    """Raise InputError where no picture could be read."""
+    if not len(kept):
+        raise InputError(f"none of {len(images.names):,} pictures can be read; the first is {skipped[0]}")
 
 
 def decode_batches(
-    preprocessor: Preprocessor, images: LabelledImages, batch_size: int
+    preprocessor: Preprocessor, images: LabelledImages, chunks: Sequence[range]
 ) -> Iterator[tuple[np.ndarray, list[int], list[str]]]:
     """Yield pixels, numbers of the pictures that could be read, and what was wrong with the others."""
 
@@ -134,8 +225,6 @@ def decode_batches(
         pixels = np.stack([cut for _, cut in good]) if good else np.zeros((0, *preprocessor.crop, 3), np.uint8)
         return pixels, [number for number, _ in good], faults
 
-    total = len(images.names)
-    chunks = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
     pool = ThreadPoolExecutor()
     try:
         waiting = [pool.submit(decode, chunk) for chunk in chunks[:AHEAD]]

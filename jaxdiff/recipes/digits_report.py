@@ -188,15 +188,18 @@ def on_own_devices(task: Evaluation) -> Evaluation:
 def draw_all(task: Evaluation) -> tuple[UInt8[np.ndarray, "D K M H W C"], Figures]:
     """Sample every image that is not in a file yet, and return all, and how many this process drew in a second."""
     model, at_once = task.model, round_up(task.sampling.sample_batch_size, task.mesh)
-    about = {
-        "params": tree_hash(task.params),
-        "sampling": as_json(task.sampling),
-        "names": [list(model.domain_names), list(model.class_names)],
-        "samples_per_class": task.samples_per_class,
-        "images_of_a_file": at_once,
-        "seed": task.seed,
-        "versions": versions(device_name(task.mesh)),
-    }
+
+    def about() -> dict[str, Any]:
+        return {
+            "params": tree_hash(task.params),
+            "sampling": as_json(task.sampling),
+            "names": [list(model.domain_names), list(model.class_names)],
+            "samples_per_class": task.samples_per_class,
+            "images_of_a_file": at_once,
+            "seed": task.seed,
+            "versions": versions(device_name(task.mesh)),
+        }
+
     total = len(model.domain_names) * len(model.class_names) * task.samples_per_class
     shards = Shards(task.out / SHARDS, about, -(-total // at_once))
     begun = time.perf_counter()

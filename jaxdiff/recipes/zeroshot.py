@@ -16,8 +16,9 @@ from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.io.prompts import expand_templates, fill, read_descriptions
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.runs import Figures
+from jaxdiff.processes import is_leader, on_leader
 from jaxdiff.recipes.classify import Answers, answer, answer_logits, class_weights, figures_of
-from jaxdiff.recipes.clip_features import Encoder, encode_images, encode_prompts, load_encoder
+from jaxdiff.recipes.clip_features import Encoder, encode_prompts, load_encoder, share_images
 from jaxdiff.recipes.contrastive import TRAIN_STEPS, tiny_digits_folder
 from jaxdiff.recipes.prompt_weights import (
     Weighting,
@@ -101,7 +102,9 @@ def prepare_encoder(name: str, revision: str | None, dtype: str, tiny_steps: int
             return load_encoder(name, revision, dtype, mesh)
         except InputError as error:
             raise InputError(f"--model {error}") from error
-    folder = tiny_digits_folder(cache_folder(), TRAIN_STEPS if tiny_steps is None else tiny_steps, mesh)
+    num_steps = TRAIN_STEPS if tiny_steps is None else tiny_steps
+    on_leader(lambda: tiny_digits_folder(cache_folder(), num_steps, mesh))
+    folder = tiny_digits_folder(cache_folder(), num_steps, mesh)
     return load_encoder(str(folder), None, dtype, mesh)._replace(name=name)
 
 
@@ -113,15 +116,32 @@ def classify(
     truncate: bool,
     batch_size: int,
     seed: int,
-) -> Result:
+    folder: Path,
+) -> Result | None:
     """Encode prompts and pictures once and answer for every picture.
+
+    Args:
+      encoder: on this process's own devices.
+      images: pictures.
+      prompts: of every class.
+      compare_templates: whether each template is also tried alone.
+      truncate: whether prompts that are too long are cut instead of refused.
+      batch_size: pictures at once.
+      seed: of the bootstrap.
+      folder: takes the pictures' features, batch by batch.
+
+    Returns:
+      The result to process 0, None to the others, which only encode their share of the pictures.
 
     Raises:
       InputError: a prompt is too long, or no picture can be read.
     """
     counts = [len(texts) for texts in prompts.by_class]
-    embeds = encode_prompts(encoder, prompts.flat, truncate, cache_folder() / "prompts")
-    features = encode_images(encoder, images, batch_size)
+    # First, because it may refuse one.
+    embeds = encode_prompts(encoder, prompts.flat, truncate, cache_folder() / "prompts") if is_leader() else None
+    features = share_images(encoder, images, batch_size, folder)
+    if features is None or embeds is None:
+        return None
     labels = images.labels[features.kept]
     scale = float(encoder.model.params["logit_scale"])
     answers = answer(features.embeds, class_weights(embeds, counts), scale, labels)
@@ -143,9 +163,10 @@ def classify(
     figures = figures_of(answers, len(counts), seed) | figures
     figures |= {
         "skipped": len(features.skipped),
-        "images_per_second": len(images.names) / features.seconds,
         "prompts": len(embeds),
     }
+    if features.timed:
+        figures["images_per_second"] = features.timed / features.seconds
     params_hash = tree_hash(encoder.model.params)
     return Result(encoder.name, answers, features.kept, features.skipped, figures, by_template, weights, params_hash)
 

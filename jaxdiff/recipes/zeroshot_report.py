@@ -169,7 +169,7 @@ def models_section(results: Sequence[Result], prompts: Prompts, titles: Sequence
                 percent(figures["mean_per_class_recall"]),
                 percent(figures["calibration_error"]),
                 percent(figures["mean_confidence"]),
-                f"{figures['images_per_second']:,.0f}",
+                f"{figures['images_per_second']:,.0f}" if "images_per_second" in figures else "-",
             ]
         )
     head = [
@@ -262,8 +262,10 @@ def write_page(
     ]
     headline += [
         Figure(f"{results[0].figures['images']:,}", f"pictures of {len(images.class_names):,} classes"),
-        Figure(f"{results[0].figures['images_per_second']:,.0f}", "pictures a second, decoding included", titles[0]),
     ]
+    if "images_per_second" in results[0].figures:
+        rate = f"{results[0].figures['images_per_second']:,.0f}"
+        headline.append(Figure(rate, "pictures a second and process, decoding included", titles[0]))
     texts = prompts.by_class[0]
     shown = {
         "prompts": f"{len(prompts.flat):,}, {prompts.weighting} weights",

@@ -1,0 +1,181 @@
+"""Several real processes on one machine: the same run as one process, stopped together, and out when one is lost."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import finish, run_here
+from scale_job import Config, rows_at
+from scale_job import run as run_job
+
+from jaxdiff.command import run_command
+from jaxdiff.io.metrics import METRICS, read_lines
+
+JOB = str(Path(__file__).with_name("scale_job.py"))
+STEPS = 12
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def start_all(words, number, *args, environment=None):
+    """Start `number` processes of one command, each with one device."""
+    port = free_port()
+    variables = {**os.environ, **(environment or {}), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *words, *args, f"--distributed=127.0.0.1:{port},{number},{index}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables,
+        )
+        for index in range(number)
+    ]
+
+
+def run_all(words, number, *args, environment=None):
+    return [finish(process) for process in start_all(words, number, *args, environment=environment)]
+
+
+def start_job(folder, number, *args):
+    return start_all([JOB], number, f"--out={folder}", f"--steps={STEPS}", *args)
+
+
+def job_here(folder, *args):
+    """Run the job in this process, on some of its eight devices."""
+    answer = run_here(
+        lambda words: run_command("job", Config, run_job, words), f"--out={folder}", f"--steps={STEPS}", *args
+    )
+    assert answer.code == 0, answer.err
+    return answer
+
+
+def losses(folder):
+    lines = read_lines(folder / METRICS)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+def rows_read(folder):
+    """Return the rows that all processes read at each step, in the order of the processes, as last read."""
+    found = {}
+    for path in sorted(folder.glob("seen_*.jsonl")):
+        own = dict(json.loads(line) for line in path.read_text().splitlines())
+        for step, rows in own.items():
+            found.setdefault(step, []).extend(rows)
+    return [found[step] for step in sorted(found)]
+
+
+def wait_for(folder, step, jobs):
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in read_lines(folder / METRICS)):
+        assert time.monotonic() < deadline, [job.poll() for job in jobs]
+        assert all(job.poll() is None for job in jobs), [finish(job).err for job in jobs]
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def ended(jobs):
+    """Leave no process behind, whatever the test finds."""
+    try:
+        yield
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run on one device of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    job_here(folder, "--devices=1")
+    return folder
+
+
+def test_the_rows_are_those_of_the_data_order(alone):
+    read = rows_at()
+    assert rows_read(alone) == [read(step).labels.tolist() for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_request_to_one_process_stops_all_after_one_step_and_any_other_number_goes_on(tmp_path, alone, number):
+    folder = tmp_path / "run"
+    jobs = start_job(folder, number, "--pause=0.3", "--save-every=100")
+    with ended(jobs):
+        wait_for(folder, 2, jobs)
+        asked = time.monotonic()
+        jobs[-1].send_signal(signal.SIGTERM)
+        answers = [finish(job) for job in jobs]
+    assert time.monotonic() - asked < 10
+    assert [answer.code for answer in answers] == [130] * number, answers
+    (step,) = {re.search(r"stopped and saved at step (\d+) of 12", answer.err)[1] for answer in answers}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [step]
+    # Each read its own part, and only the first one spoke.
+    assert sorted(path.name for path in folder.glob("seen_*")) == [f"seen_{index}.jsonl" for index in range(number)]
+    assert [bool(re.search("going on", answer.out)) for answer in answers] == [True] + [False] * (number - 1)
+    first = [json.loads(line)[1] for line in (folder / "seen_0.jsonl").read_text().splitlines()]
+    assert {len(rows) for rows in first} == {8 // number}
+    assert f"going on from step {step}" in job_here(folder, "--devices=1").out
+    np.testing.assert_allclose(losses(folder), losses(alone), rtol=1e-5)
+
+
+def end_of(folder, alone):
+    """Run a job again, on other devices, after it broke off, and hold it to the run that never did."""
+    assert re.search("going on from step [2-9]", job_here(folder, "--devices=2").out)
+    np.testing.assert_allclose(losses(folder), losses(alone), rtol=1e-5)
+
+
+def test_a_process_that_is_killed_or_frozen_is_named_and_the_run_goes_on(tmp_path, alone):
+    # Both at once, because most of the time is spent waiting.
+    signals = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
+    jobs = {name: start_job(tmp_path / name, 2, "--pause=0.2", "--save-every=2") for name in signals}
+    with ended([job for pair in jobs.values() for job in pair]):
+        for name, number in signals.items():
+            wait_for(tmp_path / name, 3, jobs[name])
+            jobs[name][1].send_signal(number)
+        since = time.monotonic()
+        answers = {name: finish(pair[0]) for name, pair in jobs.items()}
+        assert time.monotonic() - since < 15
+    for name, answer in answers.items():
+        assert answer.code == 3, answer.err
+        said = "process 0 leaves: process 1 has been silent for 7 s: killed, frozen or cut off; run the same command"
+        assert said in answer.err
+        assert "Traceback" not in answer.err
+        end_of(tmp_path / name, alone)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_ends_the_others_with_its_reason(tmp_path, alone):
+    folder = tmp_path / "run"
+    jobs = start_job(folder, 2, "--pause=0.2", "--save-every=2", "--fail-at=8")
+    with ended(jobs):
+        leader, failed = map(finish, jobs)
+    assert (failed.code, leader.code) == (2, 3)
+    assert "jaxdiff job: error: pictures/7.png: Input/output error" in failed.err
+    assert "process 1 stopped: error: pictures/7.png: Input/output error; run the same command" in leader.err
+    end_of(folder, alone)
+
+
+def test_a_run_moves_between_devices_and_processes_with_the_same_values_and_rows(tmp_path, alone):
+    folder = tmp_path / "run"
+    stops = {2: "--devices=1", 4: "--mesh=data=1,fsdp=2", 6: "--mesh=data=4,fsdp=2"}
+    for step, devices in stops.items():
+        job_here(folder, f"--steps={step}", devices)
+    for answer in run_all([JOB], 2, f"--out={folder}", "--steps=9", "--mesh=data=1,fsdp=2"):
+        assert answer.code == 0, answer.err
+    job_here(folder, f"--steps={STEPS}", "--devices=1")
+    np.testing.assert_allclose(losses(folder), losses(alone), rtol=1e-5)
+    assert rows_read(folder) == rows_read(alone)
