@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -60,6 +61,26 @@ def start(module: str, *args: str, environment: Mapping[str, str] | None = None)
     command = [sys.executable, "-m", module, *args]
     variables = {**os.environ, **(environment or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def start_several(
+    words: list[str], number: int, *args: str, environment: Mapping[str, str] | None = None
+) -> list[subprocess.Popen]:
+    """Start `python WORDS ARGS` as `number` processes that work together, each with one device."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    variables = {**os.environ, **(environment or {}), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *words, *args, f"--distributed=127.0.0.1:{port},{number},{index}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables,
+        )
+        for index in range(number)
+    ]
 
 
 def finish(process: subprocess.Popen) -> Answer:

@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from commands import TINY_SAMPLING, run_here
+from commands import TINY_SAMPLING, finish, run_here, start_several
 
 from jaxdiff import sample_cfg
 from jaxdiff.io.checkpoint import METRIC, write_digests
@@ -48,6 +48,55 @@ def test_the_settings_of_the_run_give_its_pictures_again(finished_run, tmp_path)
     judged = {name: value for name, value in once.items() if name.startswith("judge.")}
     assert {name: again[name] for name in judged} == judged
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in (folder / "shards").iterdir() if path.suffix == ".safetensors"}
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_share_the_images_and_write_the_bytes_of_one(finished_run, tmp_path, number):
+    run, _ = finished_run
+    flags = [*TINY_SAMPLING[:-1], "--sample-batch-size=10", f"--run={run}"]
+    alone = run_here(sample_cfg.main, *flags, f"--out={tmp_path / 'one'}", "--devices=1")
+    assert alone.code == 0, alone.err
+    words = ["-m", "jaxdiff.sample_cfg"]
+    answers = [finish(process) for process in start_several(words, number, *flags, f"--out={tmp_path / 'many'}")]
+    assert [answer.code for answer in answers] == [0] * number, answers
+    assert [len(answer.out.split("Written")) for answer in answers] == [2] + [1] * (number - 1)
+    assert shards(tmp_path / "many") == shards(tmp_path / "one")
+    assert len(shards(tmp_path / "one")) == 4
+    assert delivered(tmp_path / "many") == delivered(tmp_path / "one") == delivered(run)
+    once, shared = results(tmp_path / "one"), results(tmp_path / "many")
+    assert shared["hashes"] == once["hashes"]
+    assert {name: shared[name] for name in once if name.startswith("judge.")} == {
+        name: value for name, value in once.items() if name.startswith("judge.")
+    }
+
+
+def test_only_missing_images_are_drawn_again_and_those_of_other_settings_all(finished_run, tmp_path):
+    run, _ = finished_run
+    assert sample(run, tmp_path, "--sample-batch-size=10").code == 0
+    whole = shards(tmp_path)
+    (tmp_path / "shards" / "0000002.safetensors").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    assert sample(run, tmp_path, "--sample-batch-size=10").code == 0
+    assert shards(tmp_path) == whole
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    assert {name: again[name] for name in times} == times
+    assert sample(run, tmp_path, "--sample-batch-size=10", "--seed=1").code == 0
+    assert shards(tmp_path).keys() == whole.keys()
+    assert not set(shards(tmp_path).values()) & set(whole.values())
+
+
+def test_a_folder_of_that_name_that_holds_something_else_is_left_alone(finished_run, tmp_path):
+    own = tmp_path / "shards" / "mine.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    answer = sample(finished_run[0], tmp_path)
+    assert answer.code == 2
+    assert f"{tmp_path / 'shards'}: has no about.json, so it may not be jaxdiff's to empty; remove it" in answer.err
+    assert own.read_text() == "mine"
 
 
 def test_everything_that_it_writes_is_listed_and_the_figures_are_finite(finished_run, tmp_path):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from commands import TINY_RUN, finish, run_here, start
+from commands import TINY_RUN, finish, run_here, start, start_several
 from PIL import Image
 
 from jaxdiff import train_cfg
@@ -210,6 +210,29 @@ def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(finished_run,
         [(line["step"], line["loss"]) for line in logged(run) if "loss" in line] for run in (finished_run[0], folder)
     )
     assert once == twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
+def test_several_processes_train_and_report_like_one_and_one_goes_on_where_they_stopped(
+    finished_run, quick_settings, tmp_path, number
+):
+    folder = tmp_path / "run"
+    flags = [*(flag for flag in TINY_RUN if not flag.startswith("--devices")), f"--out={folder}"]
+    environment = {name.upper(): str(value) for name, value in quick_settings.items()}
+    words = ["-m", "jaxdiff.train_cfg"]
+    answers = [finish(process) for process in start_several(words, number, *flags, environment=environment)]
+    assert [answer.code for answer in answers] == [0] * number, answers
+    assert all("Written" not in answer.out for answer in answers[1:])
+    assert {path.name for path in folder.iterdir()} == {path.name for path in finished_run[0].iterdir()}
+    for name in ("loss", "validation_loss"):
+        many, one = ([line[name] for line in logged(run) if name in line] for run in (folder, finished_run[0]))
+        np.testing.assert_allclose(many, one, rtol=1e-5)
+    shutil.rmtree(folder / "checkpoints" / "8")
+    again = run_here(train_cfg.main, *TINY_RUN, f"--out={folder}")
+    assert "going on from step 4 of 8" in again.out
+    (losses, once) = ([line["loss"] for line in logged(run) if "loss" in line] for run in (folder, finished_run[0]))
+    np.testing.assert_allclose(losses, once, rtol=1e-5)
 
 
 def flip_a_byte(path):

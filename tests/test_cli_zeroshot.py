@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,13 +15,14 @@ import pytest
 import torch
 from clip_twins import make_full_size_twin, make_twin
 from clip_vocabulary import vocabulary, write_vocabulary
-from commands import run_here
+from commands import finish, run_here, start_several
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from jaxdiff import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, zeroshot
 from jaxdiff.io.digit_captions import CONTEXT
+from jaxdiff.io.shards import Shards
 from jaxdiff.recipes import contrastive
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -239,6 +241,53 @@ def test_tiny_digits_is_trained_once_and_read_like_any_model(tmp_path, monkeypat
     kept = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "preprocessor_config.json"} <= kept
     assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 1
+
+
+def test_several_processes_share_the_pictures_and_write_the_answers_of_one(tmp_path, checkpoint, pictures, labels):
+    broken = tmp_path / "pictures"
+    shutil.copytree(pictures, broken)
+    (broken / "1_2.png").write_bytes(b"not a picture")
+    flags = [f"--images={broken}", f"--labels={labels}", f"--model={checkpoint[0]}", "--batch-size=3", "--cases=1"]
+    alone = run_here(zeroshot.main, *flags, f"--out={tmp_path / 'one'}", "--devices=1")
+    assert alone.code == 0, alone.err
+    words = ["-m", "jaxdiff.zeroshot"]
+    answers = [finish(process) for process in start_several(words, 2, *flags, f"--out={tmp_path / 'two'}")]
+    assert [answer.code for answer in answers] == [0, 0], answers
+    assert "1 skipped" in answers[0].out
+    assert "top-1" not in answers[1].out
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names
+    for name in names - {"results.json", "report.html"}:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_pictures_that_a_killed_run_had_encoded_are_not_encoded_again(
+    tmp_path, checkpoint, pictures, labels, monkeypatch
+):
+    flags = [f"--images={pictures}", f"--labels={labels}", f"--model={checkpoint[0]}", "--batch-size=3", "--devices=1"]
+    flags += [f"--out={tmp_path / 'run'}"]
+    whole = Shards.write
+
+    def killed(shards, number, arrays):
+        if number == 4:
+            raise KeyboardInterrupt
+        whole(shards, number, arrays)
+
+    monkeypatch.setattr(Shards, "write", killed)
+    assert run_here(zeroshot.main, *flags).code == 130
+    written = []
+    monkeypatch.setattr(Shards, "write", lambda *args: written.append(args[1]) or whole(*args))
+    again = run_here(zeroshot.main, *flags)
+    assert again.code == 0, again.err
+    assert written == [4, 5]
+    # Another picture under the same name is another picture.
+    monkeypatch.setattr(Shards, "write", killed)
+    assert run_here(zeroshot.main, *flags).code == 130
+    os.utime(pictures / "0_0.png", (1, 1))
+    written.clear()
+    monkeypatch.setattr(Shards, "write", lambda *args: written.append(args[1]) or whole(*args))
+    assert run_here(zeroshot.main, *flags).code == 0
+    assert written == [0, 1, 2, 3, 4, 5]
 
 
 THINGS = [

@@ -2,18 +2,14 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import finish, run_here
+from commands import finish, run_here, start_several
 from scale_job import Config, rows_at
 from scale_job import run as run_job
 
@@ -24,34 +20,8 @@ JOB = str(Path(__file__).with_name("scale_job.py"))
 STEPS = 12
 
 
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
-def start_all(words, number, *args, environment=None):
-    """Start `number` processes of one command, each with one device."""
-    port = free_port()
-    variables = {**os.environ, **(environment or {}), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, *words, *args, f"--distributed=127.0.0.1:{port},{number},{index}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=variables,
-        )
-        for index in range(number)
-    ]
-
-
-def run_all(words, number, *args, environment=None):
-    return [finish(process) for process in start_all(words, number, *args, environment=environment)]
-
-
 def start_job(folder, number, *args):
-    return start_all([JOB], number, f"--out={folder}", f"--steps={STEPS}", *args)
+    return start_several([JOB], number, f"--out={folder}", f"--steps={STEPS}", *args)
 
 
 def job_here(folder, *args):
@@ -174,7 +144,7 @@ def test_a_run_moves_between_devices_and_processes_with_the_same_values_and_rows
     stops = {2: "--devices=1", 4: "--mesh=data=1,fsdp=2", 6: "--mesh=data=4,fsdp=2"}
     for step, devices in stops.items():
         job_here(folder, f"--steps={step}", devices)
-    for answer in run_all([JOB], 2, f"--out={folder}", "--steps=9", "--mesh=data=1,fsdp=2"):
+    for answer in map(finish, start_several([JOB], 2, f"--out={folder}", "--steps=9", "--mesh=data=1,fsdp=2")):
         assert answer.code == 0, answer.err
     job_here(folder, f"--steps={STEPS}", "--devices=1")
     np.testing.assert_allclose(losses(folder), losses(alone), rtol=1e-5)

@@ -6,6 +6,7 @@
 Killed at any moment and run again, such work goes on where it stopped: a file is there whole or not at all.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ class Shards:
 
     def _clear(self, about: Mapping[str, Any]) -> None:
         path = self.folder / ABOUT
-        if path.exists() and read_json(path) == about:
+        if path.exists() and read_json(path) == json.loads(json.dumps(about)):  # JSON has no tuples
             return
         if self.folder.is_dir() and any(self.folder.iterdir()) and not path.exists():
             raise InputError(f"{self.folder}: has no {ABOUT}, so it may not be jaxdiff's to empty; remove it")
