@@ -9,11 +9,14 @@ Writes into --out: scores.csv, a sheet of pictures for each prompt, results.json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from jaxdiff.command import run_command
+from jaxdiff.device_settings import DeviceSettings
 from jaxdiff.settings import require, require_at_least
 
 SHOWN = ("best.image_score", "best.text_score", "image_score", "text_score", "cmmd", "all_present")
@@ -46,15 +49,14 @@ class Config:
     """Pictures encoded at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the networks compute in."""
-    devices: int | None = None
-    """Devices that share a batch; None means all."""
+    devices: Annotated[DeviceSettings, tyro.conf.arg(name="")] = field(default_factory=DeviceSettings)
     seed: int = 0
     """Seed of the bootstrap."""
     out: Path = Path("runs/clip_scores")
     """Folder to write into; files of the same name are replaced."""
 
     def __post_init__(self):
-        for name in ("count", "batch_size", "devices"):
+        for name in ("count", "batch_size"):
             require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
         if self.task is not None:
@@ -78,13 +80,13 @@ class Config:
 def run(config: Config) -> list[Path]:
     """List the pictures, score them, write everything down."""
     from jaxdiff.io.runs import as_json, check_writable, make_folder
-    from jaxdiff.mesh import make_mesh
+    from jaxdiff.mesh import open_mesh
     from jaxdiff.recipes.clip_grading import Group, grade, list_pictures, task_groups, without
     from jaxdiff.recipes.clip_scores_report import write_outputs
     from jaxdiff.recipes.zeroshot import prepare_encoder
 
     started = time.perf_counter()
-    mesh = make_mesh(config.devices)
+    mesh = open_mesh(config.devices)
     check_writable(config.out)
     if config.task is not None and config.references is not None:
         groups = task_groups(config.task, config.generated, config.references, config.count)

@@ -18,6 +18,7 @@ import tyro
 
 from jaxdiff.command import run_command
 from jaxdiff.ddim_settings import DrawingSettings, ModeSettings, require_effect
+from jaxdiff.device_settings import DeviceSettings
 from jaxdiff.errors import InputError
 from jaxdiff.settings import require, require_at_least, require_trained_branches
 from jaxdiff.train_cfg import Config as TrainConfig
@@ -52,11 +53,10 @@ class Config:
     """Pictures drawn at once, rounded up to a multiple of the devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the network computes in."""
-    devices: int | None = None
-    """Devices that share a batch; None means all."""
+    devices: Annotated[DeviceSettings, Group] = field(default_factory=DeviceSettings)
 
     def __post_init__(self):
-        for name in ("num_noises", "batch_size", "devices"):
+        for name in ("num_noises", "batch_size"):
             require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
         require_effect(self.mode, self.drawing, self.modes)
@@ -114,12 +114,12 @@ def load_model(config: Config, mesh):
 def run(config: Config) -> list[Path]:
     """Load model and noises, show every mode, write everything down."""
     from jaxdiff.io.runs import as_json, make_folder
-    from jaxdiff.mesh import make_mesh
+    from jaxdiff.mesh import open_mesh
     from jaxdiff.recipes.ddim_report import show, write_all
     from jaxdiff.recipes.drawing import make_drawing, read_or_draw_noises
 
     started = time.perf_counter()
-    mesh = make_mesh(config.devices)
+    mesh = open_mesh(config.devices)
     model = load_model(config, mesh)
     names, noises = read_or_draw_noises(config.noise, config.num_noises or 10, config.seed, model.image_shape)
     drawing = make_drawing(model, config.drawing, config.seed, config.batch_size, mesh)

@@ -6,6 +6,7 @@ has their shape (their average, the optimizer's moments), are split over "fsdp",
 jit places them (automatic sharding), so one device, eight, and several processes run the same code.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,7 +61,10 @@ def make_mesh(num_data: int | None = None, num_fsdp: int = 1) -> Mesh:
 
 def own_mesh(mesh: Mesh) -> Mesh:
     """Return the mesh of this process's devices alone, for work that is split by hand; alone, the mesh itself."""
-    return mesh if jax.process_count() == 1 else _mesh_of(jax.local_devices(), 1)
+    if jax.process_count() == 1:
+        return mesh
+    parts = mesh.shape["fsdp"]
+    return _mesh_of(jax.local_devices(), parts if jax.local_device_count() % parts == 0 else 1)
 
 
 def _mesh_of(devices: list[Any], num_fsdp: int) -> Mesh:
@@ -137,28 +141,36 @@ def put_whole(batch: Any, mesh: Mesh) -> Any:
 
 
 def bring_home(tree: Any, mesh: Mesh) -> Any:
-    """Return arrays that lie on the devices of several processes whole on every one of this process's `own_mesh`."""
+    """Return arrays that lie on the devices of several processes on this process's `own_mesh` alone."""
     if jax.process_count() == 1:
         return tree
     gathered = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
-    return jax.device_put(jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered), replicated(own_mesh(mesh)))
+    whole = jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered)
+    return jax.device_put(whole, split_large(whole, own_mesh(mesh)))
 
 
-class Agreement:
-    """Asks all processes the same question after every step; alone, the answer is one's own.
+class AgreedStop:
+    """A request to stop that all processes hear at the same step; alone, one's own, at once.
 
-    With others it is whether any of them said yes a step ago. So nobody waits, and all hear the same at the same step.
+    With others, each says after every step whether it was asked, and hears whether any of them was, a step ago: so
+    nobody waits for the answer.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, asked: Callable[[], bool], mesh: Mesh):
+        self._asked = asked
         self._mesh = mesh
         self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
-        self._asked: jax.Array | None = None
+        self._waiting: jax.Array | None = None
+        self._agreed = False
 
-    def __call__(self, mine: bool) -> bool:
-        """Say yes or no, and return what all said a step ago."""
-        if jax.process_count() == 1:
-            return mine
-        share = np.full(self._mesh.local_mesh.size, mine)
-        answer, self._asked = self._asked, self._any(put_batch(share, self._mesh))
-        return answer is not None and bool(answer)
+    @property
+    def requested(self) -> bool:
+        """Whether all are to stop now."""
+        return self._asked() if jax.process_count() == 1 else self._agreed
+
+    def ask(self) -> None:
+        """Exchange requests; every process calls it after every step."""
+        if jax.process_count() > 1:
+            share = np.full(self._mesh.local_mesh.size, self._asked())
+            answer, self._waiting = self._waiting, self._any(put_batch(share, self._mesh))
+            self._agreed = answer is not None and bool(answer)

@@ -114,7 +114,7 @@ def join(settings: ProcessSettings) -> None:
     import jax
     from jax._src import distributed  # the line to the coordinator has no public name
 
-    # Its handler would swallow SIGTERM; `mesh.Agreement` has all processes stop after the same step.
+    # Its handler would swallow SIGTERM; `mesh.AgreedStop` has all processes stop after the same step.
     jax.config.update("jax_enable_preemption_service", False)
     place = settings.place
     known: dict[str, Any] = {} if place is None else place._asdict()
@@ -166,6 +166,13 @@ def on_leader(work: Callable[[], T]) -> T | None:
     result = work() if is_leader() else None
     barrier()
     return result
+
+
+def leader_first(work: Callable[[], T]) -> T:
+    """Do something in process 0 and then in all others, which find what it kept; return each one's own result."""
+    result = work() if is_leader() else None
+    barrier()
+    return work() if result is None else result
 
 
 def finish() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxdiff.command import run_command
+from jaxdiff.device_settings import ProcessSettings
 from jaxdiff.settings import require, require_at_least
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
@@ -35,16 +36,14 @@ class Config:
     """Pictures of each prompt; None means 25 with --task, else 1."""
     model: LatentModelSettings = field(default_factory=LatentModelSettings)
     pictures: PictureSettings = field(default_factory=PictureSettings)
-    devices: int | None = None
-    """Devices that share a batch; None means all."""
+    devices: ProcessSettings = field(default_factory=ProcessSettings)
     out: Path = Path("runs/text2image")
     """Folder to write into; pictures made with other settings are replaced, the others kept."""
     dry_run: bool = False
     """Only say how much memory it would take, whatever the prompts; reads no weights."""
 
     def __post_init__(self):
-        for name in ("num_images", "devices"):
-            require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        require_at_least("num_images", 1 if self.num_images is None else self.num_images, 1)
         named = bool(self.prompt) or self.prompts is not None
         require(self.task is None or not named, "--task brings its own prompts: drop --prompt and --prompts")
         require(named or self.task is not None or self.dry_run, "--prompt, --prompts or --task must say what to draw")
@@ -55,14 +54,15 @@ def run(config: Config) -> list[Path]:
     """Load the model, draw what is missing, write everything down."""
     from jaxdiff.io.prompts import read_prompts
     from jaxdiff.io.runs import as_json, check_writable, make_folder
-    from jaxdiff.mesh import make_mesh
+    from jaxdiff.mesh import open_mesh, own_mesh
+    from jaxdiff.processes import is_leader, leader_first
     from jaxdiff.recipes.course_delivery import check_no_others, check_words, list_delivery
     from jaxdiff.recipes.text_to_image import draw_missing, make_jobs
     from jaxdiff.recipes.text_to_image_model import describe_memory, prepare
     from jaxdiff.recipes.text_to_image_report import write_outputs
 
     started = time.perf_counter()
-    mesh = make_mesh(config.devices)
+    mesh = own_mesh(open_mesh(config.devices))
     if config.dry_run:
         print(describe_memory(config.model, config.pictures, mesh))
         return []
@@ -73,12 +73,14 @@ def run(config: Config) -> list[Path]:
     else:
         prompts, jobs = list_delivery(config.task, config.num_images or PICTURES_OF_A_TASK)
         check_no_others(config.out, jobs)
-    drawing = prepare(config.model, config.pictures, mesh)
+    drawing = leader_first(lambda: prepare(config.model, config.pictures, mesh))
     if config.task is not None:
         check_words(config.task, drawing.tokenizer, drawing.learned)
     drawing.tokenize([*prompts, config.pictures.negative])  # refuses what is too long before anything is written
     out = make_folder(config.out)
     drawn = draw_missing(drawing, prompts, jobs, out)
+    if not is_leader():
+        return []
     return write_outputs(out, drawing, prompts, jobs, drawn, as_json(config), started)
 
 

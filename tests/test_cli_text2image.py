@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from commands import finish, run_here, start
+from commands import finish, run_here, start, start_several
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -41,6 +41,19 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     make_pipeline(folder)
     return folder
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_pictures_and_write_the_bytes_of_one(tmp_path):
+    args = (*SMALL, "--prompt", "a photo of a cat", "a dog", "--num-images=2", "--batch-size=1")
+    alone = draw(*args, "--devices=1", f"--out={tmp_path / 'one'}")
+    assert alone.code == 0, alone.err
+    words = ["-m", "jaxdiff.text2image"]
+    answers = [finish(process) for process in start_several(words, 2, *args, f"--out={tmp_path / 'two'}")]
+    assert [answer.code for answer in answers] == [0, 0], answers
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    for path in (tmp_path / "one").glob("*.png"):
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_defaults_draw_and_a_rerun_draws_only_what_is_missing(tmp_path):

@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -149,3 +152,43 @@ def test_a_run_moves_between_devices_and_processes_with_the_same_values_and_rows
     job_here(folder, f"--steps={STEPS}", "--devices=1")
     np.testing.assert_allclose(losses(folder), losses(alone), rtol=1e-5)
     assert rows_read(folder) == rows_read(alone)
+
+
+def test_auto_without_a_job_is_one_sentence(tmp_path):
+    process = subprocess.run(
+        [sys.executable, JOB, f"--out={tmp_path / 'run'}", "--distributed=auto"], capture_output=True, text=True
+    )
+    assert process.returncode == 2, process.stderr
+    assert "--distributed auto: the processes cannot be joined" in process.stderr
+    assert "start it by a job of SLURM, Open MPI, Kubernetes or Cloud TPU" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["slurm", "open mpi"])
+def test_auto_finds_the_place_that_the_scheduler_gave(tmp_path, alone, scheduler):
+    def variables(index):
+        if scheduler == "slurm":
+            names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+            return dict(zip(names, ("12345", "localhost", "2", str(index), str(index))))
+        # What Open MPI's mpirun sets: the job's number and the address of its launcher, then the ranks.
+        names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+        uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911"}
+        return uri | dict(zip(names, ("2", str(index), str(index))))
+
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, JOB, f"--out={tmp_path / 'run'}", f"--steps={STEPS}", "--distributed=auto"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, **variables(index)},
+        )
+        for index in range(2)
+    ]
+    with ended(jobs):
+        answers = [finish(job) for job in jobs]
+    assert [answer.code for answer in answers] == [0, 0], answers
+    assert rows_read(tmp_path / "run") == rows_read(alone)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)

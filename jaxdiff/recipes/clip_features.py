@@ -23,7 +23,7 @@ from jaxdiff.io.provenance import tree_hash, versions
 from jaxdiff.io.shards import Shards
 from jaxdiff.io.tokenizer import CLIPTokenizer, read_tokenizer
 from jaxdiff.io.weights import read_safetensors, write_safetensors
-from jaxdiff.mesh import batch_split, device_name, put_batch, replicated, round_up
+from jaxdiff.mesh import batch_split, device_name, put_batch, round_up, split_large
 from jaxdiff.models.clip import normalize
 from jaxdiff.processes import barrier, is_leader
 from jaxdiff.recipes.pretrained import FlaxCLIPModel
@@ -80,7 +80,7 @@ def load_encoder(name: str, revision: str | None, dtype: Any, mesh: Mesh) -> Enc
     """
     fetch = open_model(name, revision)
     model = FlaxCLIPModel.from_pretrained(name, revision=revision, dtype=dtype)
-    model.params = jax.device_put(model.params, replicated(mesh))
+    model.params = jax.device_put(model.params, split_large(model.params, mesh))
     text, vision = model.config.text_config, model.config.vision_config
     return Encoder(
         name,

@@ -17,7 +17,7 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.metrics import MetricsLog
 from jaxdiff.io.progress import progress_bar
-from jaxdiff.mesh import Agreement
+from jaxdiff.mesh import AgreedStop
 from jaxdiff.recipes.training import StepResult, TrainState, fit
 from jaxdiff.settings import OptimizationSettings
 
@@ -58,13 +58,14 @@ class TrainingLoop:
         start = int(state.step)
         results = fit(state, self.train_step, self.batch_at, self.settings.train_steps, self.mesh)
         bar = progress_bar(self.settings.train_steps, "training", "step", start)
-        agree = Agreement(self.mesh)
-        with StopRequest() as stop, bar:
+        with StopRequest() as request, bar:
+            stop = AgreedStop(lambda: request.requested, self.mesh)
             for result, figures in self._with_figures(results, bar):
                 state = result.state
                 due = result.step % self.settings.save_every == 0 or result.step == self.settings.train_steps
                 # Read once: a request that comes while this step is saved or drawn is met after the next one.
-                stopping = agree(stop.requested) and result.step < self.settings.train_steps
+                stop.ask()
+                stopping = stop.requested and result.step < self.settings.train_steps
                 # Logged before it is saved, so that a run killed in between does not lose the line.
                 if figures:
                     self.log.write(result.step, figures)

@@ -25,6 +25,7 @@ from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import batch_split, put_batch, replicated, round_up
+from jaxdiff.processes import barrier, own_share
 from jaxdiff.recipes.learned_words import spell_out
 from jaxdiff.recipes.sampling import batch_numbers, in_batches
 from jaxdiff.recipes.stable_diffusion import (
@@ -211,7 +212,7 @@ class Drawn(NamedTuple):
 
 
 def draw_missing(drawing: TextToImage, prompts: Sequence[str], jobs: Sequence[Job], folder: Path) -> Drawn:
-    """Draw what the folder does not hold yet.
+    """Draw what the folder does not hold yet; of several processes each draws a share.
 
     Args:
       drawing: how.
@@ -225,17 +226,21 @@ def draw_missing(drawing: TextToImage, prompts: Sequence[str], jobs: Sequence[Jo
 
     new = [job for job in jobs if read_png_texts(folder / job.file).get(ABOUT) != texts_of(job)[ABOUT]]
     old = len(jobs) - len(new)
+    barrier()  # else one process would find what another draws already
+    own = [new[place] for place in own_share(len(new))]
     if old:
         print(f"{old} of {len(jobs)} pictures are there already")
     first, timed = time.perf_counter(), 0
-    if new:
-        with progress_bar(len(jobs), "drawing", "image", initial=old) as bar:
-            for number, (job, pixels) in enumerate(drawing.draw(new, prompts), 1):
-                if number == drawing.pictures_at_once(len(new)):
-                    first, timed = time.perf_counter(), len(new) - number
+    if own:
+        with progress_bar(len(own), "drawing", "image") as bar:
+            for number, (job, pixels) in enumerate(drawing.draw(own, prompts), 1):
+                if number == drawing.pictures_at_once(len(own)):
+                    first, timed = time.perf_counter(), len(own) - number
                 write_png(folder / job.file, pixels, texts_of(job))
                 bar.update()
-    return Drawn(len(new), max(timed, 0), time.perf_counter() - first if timed > 0 else 0.0)
+    seconds = time.perf_counter() - first if timed > 0 else 0.0
+    barrier()
+    return Drawn(len(new), max(timed, 0), seconds)
 
 
 def describe(prompt: str, number: int, about: Mapping[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.learned_embeddings import Learned, read_learned
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.tokenizer import CLIPTokenizer
-from jaxdiff.mesh import replicated, round_up
+from jaxdiff.mesh import round_up, split_large
 from jaxdiff.recipes.custom_diffusion import read_adapters, words_of
 from jaxdiff.recipes.learned_words import add_words
 from jaxdiff.recipes.merging import with_adapters
@@ -79,7 +79,7 @@ def prepare(
     size = picture_size(model, pictures)
     return TextToImage(
         model,
-        jax.device_put(params, replicated(mesh)),
+        jax.device_put(params, split_large(params, mesh)),
         pipeline.tokenizer,
         learned,
         make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta),

@@ -16,7 +16,7 @@ from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.io.prompts import expand_templates, fill, read_descriptions
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.runs import Figures
-from jaxdiff.processes import is_leader, on_leader
+from jaxdiff.processes import is_leader, leader_first
 from jaxdiff.recipes.classify import Answers, answer, answer_logits, class_weights, figures_of
 from jaxdiff.recipes.clip_features import Encoder, encode_prompts, load_encoder, share_images
 from jaxdiff.recipes.contrastive import TRAIN_STEPS, tiny_digits_folder
@@ -103,8 +103,7 @@ def prepare_encoder(name: str, revision: str | None, dtype: str, tiny_steps: int
         except InputError as error:
             raise InputError(f"--model {error}") from error
     num_steps = TRAIN_STEPS if tiny_steps is None else tiny_steps
-    on_leader(lambda: tiny_digits_folder(cache_folder(), num_steps, mesh))
-    folder = tiny_digits_folder(cache_folder(), num_steps, mesh)
+    folder = leader_first(lambda: tiny_digits_folder(cache_folder(), num_steps, mesh))
     return load_encoder(str(folder), None, dtype, mesh)._replace(name=name)
 
 
