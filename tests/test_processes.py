@@ -89,12 +89,14 @@ def test_a_request_to_one_process_stops_all_after_one_step_and_any_other_number_
     jobs = start_job(folder, number, "--pause=0.3", "--save-every=100")
     with ended(jobs):
         wait_for(folder, 2, jobs)
-        asked = time.monotonic()
+        before, asked = len(read_lines(folder / METRICS)), time.monotonic()
         jobs[-1].send_signal(signal.SIGTERM)
         answers = [finish(job) for job in jobs]
-    assert time.monotonic() - asked < 10
+    # Some seconds, unless the machine is busy.
+    assert time.monotonic() - asked < 60
     assert [answer.code for answer in answers] == [130] * number, answers
     (step,) = {re.search(r"stopped and saved at step (\d+) of 12", answer.err)[1] for answer in answers}
+    assert int(step) <= before + 4
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [step]
     # Each read its own part, and only the first one spoke.
     assert sorted(path.name for path in folder.glob("seen_*")) == [f"seen_{index}.jsonl" for index in range(number)]
@@ -121,7 +123,8 @@ def test_a_process_that_is_killed_or_frozen_is_named_and_the_run_goes_on(tmp_pat
             jobs[name][1].send_signal(number)
         since = time.monotonic()
         answers = {name: finish(pair[0]) for name, pair in jobs.items()}
-        assert time.monotonic() - since < 15
+        # 15 at most, unless the machine is busy.
+        assert time.monotonic() - since < 30
     for name, answer in answers.items():
         assert answer.code == 3, answer.err
         said = "process 0 leaves: process 1 has been silent for 7 s: killed, frozen or cut off; run the same command"
