@@ -52,9 +52,12 @@ def rows_read(folder):
     return [found[step] for step in sorted(found)]
 
 
-def wait_for(folder, step, jobs):
+def wait_for(folder, step, jobs, saved=None):
+    """Wait until a run has logged a step, and committed a checkpoint."""
     deadline = time.monotonic() + 120
-    while not any(line["step"] >= step for line in read_lines(folder / METRICS)):
+    while not any(line["step"] >= step for line in read_lines(folder / METRICS)) or not (
+        saved is None or (folder / "checkpoints" / str(saved)).is_dir()
+    ):
         assert time.monotonic() < deadline, [job.poll() for job in jobs]
         assert all(job.poll() is None for job in jobs), [finish(job).err for job in jobs]
         time.sleep(0.05)
@@ -119,7 +122,7 @@ def test_a_process_that_is_killed_or_frozen_is_named_and_the_run_goes_on(tmp_pat
     jobs = {name: start_job(tmp_path / name, 2, "--pause=0.2", "--save-every=2") for name in signals}
     with ended([job for pair in jobs.values() for job in pair]):
         for name, number in signals.items():
-            wait_for(tmp_path / name, 3, jobs[name])
+            wait_for(tmp_path / name, 3, jobs[name], saved=2)
             jobs[name][1].send_signal(number)
         since = time.monotonic()
         answers = {name: finish(pair[0]) for name, pair in jobs.items()}
