@@ -15,6 +15,7 @@ from jaxdiff.io.images import read_image, write_png
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
+from jaxdiff.mesh import device_name
 from jaxdiff.recipes.clip_features import Encoder
 from jaxdiff.recipes.clip_grading import Graded
 
@@ -53,8 +54,9 @@ def write_outputs(
     if judged:
         figures |= {"passed": sum(judged), "graded": len(judged)}
     figures["seconds"] = time.perf_counter() - started
-    device = f"{encoder.mesh.size} x {encoder.mesh.devices.flat[0].device_kind}"
-    results = write_results(out, figures, config, {"params": tree_hash(encoder.model.params)}, device)
+    results = write_results(
+        out, figures, config, {"params": tree_hash(encoder.model.params)}, device_name(encoder.mesh)
+    )
     record = read_json(results)
     head = [Figure(f"{sum(judged)} of {len(judged)}", "prompts reach their baselines")] if judged else []
     for name in ("image_score", "text_score"):

@@ -10,6 +10,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.images import write_png
 from jaxdiff.io.report import Figure, Report, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
+from jaxdiff.mesh import device_name
 from jaxdiff.recipes.ddim_modes import (
     Shown,
     show_etas,
@@ -75,9 +76,8 @@ def write_all(
         done.append(mode)
     figures: Figures = {name: value for mode in done for name, value in mode.figures.items()}
     figures["seconds"] = time.perf_counter() - started
-    device = f"{drawing.mesh.size} x {drawing.mesh.devices.flat[0].device_kind}"
     hashes = {"params": drawing.model.sha256}
-    results = write_results(out, figures, config, hashes, device)
+    results = write_results(out, figures, config, hashes, device_name(drawing.mesh))
     return [*paths, results, write_page(out, drawing, done, figures, read_json(results))]
 
 

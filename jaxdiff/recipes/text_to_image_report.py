@@ -13,6 +13,7 @@ from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import read_image, write_png
 from jaxdiff.io.report import Figure, Picture, Report, Section, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
+from jaxdiff.mesh import device_name
 from jaxdiff.recipes.text_to_image import Drawn, Job, TextToImage
 
 CELL = 256
@@ -55,8 +56,7 @@ def write_outputs(
     }
     if drawn.timed:
         figures["images_per_second"] = drawn.timed / drawn.seconds
-    device = f"{drawing.mesh.size} x {drawing.mesh.devices.flat[0].device_kind}"
-    results = write_results(out, figures, config, {"params": drawing.about["sha256"]}, device)
+    results = write_results(out, figures, config, {"params": drawing.about["sha256"]}, device_name(drawing.mesh))
     record = read_json(results)
     left_out = len(prompts) - PROMPTS_ON_A_PAGE
     report = Report(
