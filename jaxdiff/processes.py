@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 EXIT_LOST = 3
 """Exit code of a process that leaves because of another one."""
-SILENT_SECONDS = 7.0
+SILENT_SECONDS = 6.0
 """A process that was not heard of for this long is lost."""
-HEARTBEAT_SECONDS = 13
+HEARTBEAT_SECONDS = 14
 """The same for JAX's runtime, which only speaks where the watch could not."""
 BEAT_SECONDS = 1.0
 BARRIER_SECONDS = 7 * 24 * 3600
@@ -208,7 +208,7 @@ def fail(code: int, sentence: str, details: str = "") -> None:
 def await_cause() -> None:
     """Give the watch the time to name a lost process, where an error may only be what its loss left behind."""
     if _group is not None:
-        time.sleep(SILENT_SECONDS + 3 * BEAT_SECONDS)
+        time.sleep(2 * SILENT_SECONDS + 2 * BEAT_SECONDS)
 
 
 def leave_lost(cause: str) -> NoReturn:

@@ -130,7 +130,7 @@ def test_a_process_that_is_killed_or_frozen_is_named_and_the_run_goes_on(tmp_pat
         assert time.monotonic() - since < 30
     for name, answer in answers.items():
         assert answer.code == 3, answer.err
-        said = "process 0 leaves: process 1 has been silent for 7 s: killed, frozen or cut off; run the same command"
+        said = "process 0 leaves: process 1 has been silent for 6 s: killed, frozen or cut off; run the same command"
         assert said in answer.err
         assert "Traceback" not in answer.err
         end_of(tmp_path / name, alone)
