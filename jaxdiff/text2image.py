@@ -52,17 +52,18 @@ class Config:
 
 def run(config: Config) -> list[Path]:
     """Load the model, draw what is missing, write everything down."""
+    from jaxdiff.mesh import open_mesh, own_mesh
+
+    started = time.perf_counter()
+    mesh = own_mesh(open_mesh(config.devices))  # before the others, because some of them compute
     from jaxdiff.io.prompts import read_prompts
     from jaxdiff.io.runs import as_json, check_writable, make_folder
-    from jaxdiff.mesh import open_mesh, own_mesh
     from jaxdiff.processes import is_leader, leader_first
     from jaxdiff.recipes.course_delivery import check_no_others, check_words, list_delivery
     from jaxdiff.recipes.text_to_image import draw_missing, make_jobs
     from jaxdiff.recipes.text_to_image_model import describe_memory, prepare
     from jaxdiff.recipes.text_to_image_report import write_outputs
 
-    started = time.perf_counter()
-    mesh = own_mesh(open_mesh(config.devices))
     if config.dry_run:
         print(describe_memory(config.model, config.pictures, mesh))
         return []
