@@ -198,3 +198,24 @@ def test_auto_finds_the_place_that_the_scheduler_gave(tmp_path, alone, scheduler
     assert [answer.code for answer in answers] == [0, 0], answers
     assert rows_read(tmp_path / "run") == rows_read(alone)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_the_others_leave_when_the_first_process_is_lost(tmp_path, alone, number):
+    folder = tmp_path / "run"
+    jobs = start_job(folder, 2, "--pause=0.2", "--save-every=2")
+    with ended(jobs):
+        wait_for(folder, 3, jobs, saved=2)
+        jobs[0].send_signal(number)
+        since = time.monotonic()
+        answer = finish(jobs[1])
+        assert time.monotonic() - since < 30
+    if number == signal.SIGSTOP:
+        assert answer.code == 3
+        assert "process 1 leaves: process 0 has not answered for 6 s: killed, frozen or cut off" in answer.err
+    else:
+        # JAX's runtime is quicker, and speaks of the leader in its own words.
+        assert answer.code != 0
+        assert "leader task was preempted/died" in answer.err
+    end_of(folder, alone)
