@@ -9,9 +9,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import jax
+
 from jaxdiff.errors import InputError
 from jaxdiff.io.metrics import METRICS
 from jaxdiff.io.provenance import command_line, versions
+from jaxdiff.io.run_lock import hold_folder
 
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -27,7 +30,7 @@ MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", DATA, "tensorboard", "
 
 
 def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = (), start_over: bool = False) -> Path:
-    """Create or open a run folder, check that it holds this run and no other, and return its absolute path.
+    """Create or open a run folder for this process alone, check that it holds this run, return its absolute path.
 
     Args:
       folder: run folder.
@@ -36,10 +39,12 @@ def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = ()
       start_over: delete what an earlier run left there.
 
     Raises:
-      InputError: the folder cannot be written, another config started its run, or it is to be started over but
-        holds things that no run of jaxdiff left there.
+      InputError: the folder cannot be written, another process writes there, another config started its run, or it
+        is to be started over but holds things that no run of jaxdiff left there.
     """
     folder = make_folder(folder)
+    if jax.process_index() == 0:
+        hold_folder(folder)
     if start_over:
         _delete_run(folder, config)
     check_config(folder, config, free)
