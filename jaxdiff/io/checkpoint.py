@@ -228,7 +228,7 @@ class _SealedBeforeCommit(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         """Commit the folder."""
-        final = self._final_path
+        final = self.get_final()
         if not final.name.isdecimal():  # one item inside a checkpoint
             await super().finalize()
             return
