@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 the input cannot be used, 130 interrupted (saved; run agai
 import ctypes
 import importlib.util
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from jaxdiff.errors import InputError, InterruptedRun
+from jaxdiff.io.interruption import INTERRUPTED, obey_signals
 
 ConfigType = TypeVar("ConfigType")
 
@@ -40,24 +40,24 @@ def run_command(
       The exit code.
     """
     command = f"{program} {name}"
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupted = f"{command}: interrupted; run the same command again to go on"
     try:
         keep_freed_memory()
-        paths = run(parse(command, config_class, sys.argv[1:] if args is None else args))
+        config = parse(command, config_class, sys.argv[1:] if args is None else args)
+        with obey_signals(interrupted):
+            paths = run(config)
     except InterruptedRun as stop:
         print(f"\n{command}: {stop}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except KeyboardInterrupt:
-        print(f"\n{command}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        print(f"\n{interrupted}", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         sentence = explain(error)
         if sentence is None or os.environ.get("JAXDIFF_TRACEBACK"):
             raise
         print(f"{command}: error: {sentence}", file=sys.stderr)
         return 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if paths:
         print("\nWritten:", *(f"  {path}" for path in paths), sep="\n")
     return 0

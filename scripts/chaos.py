@@ -18,17 +18,21 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Imported once, before any fork, but not started: a forked process starts JAX for itself.
+import chaos_checkpoints
+import chaos_disk
 import chaos_kills
-import jax  # noqa: F401
+import jax
 import orbax.checkpoint  # noqa: F401
 import tyro
 from chaos_table import CORES, Effort, Row, as_json, as_markdown, scratch_folder
 
 import jaxdiff
-import jaxdiff.recipes.loop  # noqa: F401
+import jaxdiff.recipes.loop
 
 FAULTS: dict[str, Callable[[Effort], Iterator[Row]]] = {
     "killed": chaos_kills.killed,
+    "damaged": chaos_checkpoints.damaged,
+    "disk": chaos_disk.full,
 }
 
 

@@ -7,11 +7,14 @@ This is the only module that knows Orbax.
 """
 
 import asyncio
+import functools
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,9 +53,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._saving: int | None = None
         self._damaged: set[int] = set()
-        # Orbax announces routine work as warnings, and prints its errors before they come through as exceptions.
-        for logger in ("absl", "asyncio"):
-            logging.getLogger(logger).setLevel(logging.CRITICAL)
+        _quieten_orbax()
         if not read_only:
             _require_writable(self.directory)
             self._clear_unfinished()
@@ -138,6 +139,9 @@ class Checkpoints:
         except Exception as error:  # Orbax raises many types for a full or broken disk
             self._clear_unfinished()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            # TensorStore ends a paragraph on its internals with the system's own words.
+            if told := re.search(r"([^:]+) \[os_error_code=", reason):
+                reason = told[1].strip()
             raise OSError(f"{self.directory}: checkpoint {step} cannot be written ({reason})") from error
 
     def close(self) -> None:
@@ -241,6 +245,22 @@ class _SealedBeforeCommit(ocp.path.atomicity.AtomicRenameTemporaryPath):
             self._final_path = final
         await asyncio.to_thread(write_digests, Path(whole))
         await asyncio.to_thread(os.rename, whole, final)
+
+
+@functools.cache
+def _quieten_orbax() -> None:
+    """Have Orbax and TensorStore print nothing: what goes wrong comes through as an exception."""
+    # Orbax announces routine work as warnings, and prints its errors before it raises them.
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    # When one write has failed, the others still report to an event loop that Orbax has closed.
+    print_others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            print_others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def write_digests(folder: Path) -> None:

@@ -58,6 +58,7 @@ class TrainingLoop:
         bar = progress_bar(self.settings.train_steps, "training", "step", start)
         with StopRequest() as stop, bar:
             for result, figures in self._with_figures(results, bar):
+                stop.protect()
                 state = result.state
                 last = result.step == self.settings.train_steps
                 due = result.step % self.settings.save_every == 0 or last
