@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import chaos_checkpoints
 import chaos_disk
 import chaos_kills
+import chaos_stops
 import jax
 import orbax.checkpoint  # noqa: F401
 import tyro
@@ -33,6 +34,9 @@ FAULTS: dict[str, Callable[[Effort], Iterator[Row]]] = {
     "killed": chaos_kills.killed,
     "damaged": chaos_checkpoints.damaged,
     "disk": chaos_disk.full,
+    "stopped": chaos_stops.stopped,
+    "not_finite": chaos_stops.not_finite,
+    "two_runs": chaos_stops.two_runs,
 }
 
 
@@ -68,10 +72,11 @@ def main() -> int:
                 row.seconds, since = time.monotonic() - since, time.monotonic()
                 rows.append(row)
                 print(f"{row.fault}: {row.injections:,} in {row.seconds:.0f} s, {len(row.broken)} broken", flush=True)
+                print(*(f"  {text}" for text in row.broken[:3]), sep="\n", end="", flush=True)
     minutes = (time.monotonic() - started) / 60
     about = (
-        f"jaxdiff {jaxdiff.__version__}, Python {platform.python_version()}, jax {jax.__version__}, {CORES} processes on "
-        f"{os.cpu_count()} CPU cores, share {config.share:g}, seed {config.seed}, {minutes:.1f} minutes"
+        f"jaxdiff {jaxdiff.__version__}, Python {platform.python_version()}, jax {jax.__version__}, {CORES} processes "
+        f"on {os.cpu_count()} CPU cores, share {config.share:g}, seed {config.seed}, {minutes:.1f} minutes"
     )
     text = f"{about}\n\n{as_markdown(rows)}"
     print(f"\n{text}")

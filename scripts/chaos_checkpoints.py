@@ -17,7 +17,7 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Damages:
-    """Damages of the newest checkpoint of a run, one at a time: a file's name and a kind of damage, or a bit's number."""
+    """Damages of the newest checkpoint of a run, one at a time: a file's name, and a kind or the number of a bit."""
 
     run: Path
     damages: tuple[tuple[str, str | int], ...]

@@ -39,7 +39,7 @@ def killed(effort: Effort) -> Iterator[Row]:
     """Kill small runs often and real ones sometimes."""
     row = Row(
         "SIGKILL at random moments and in each phase of a save",
-        "every run goes on; no more is lost than the save under way; the end is bit for bit that of a run nobody killed",
+        "every run goes on; no more is lost than the save under way; the end is bit-equal to that of a run nobody killed",
     )
     with scratch_folder(effort.scratch) as folder:
         if (ended := Child.start(chaos_run.command(f"--out={folder / 'run'}"), folder / "said").wait()).code:
@@ -62,8 +62,8 @@ def killed(effort: Effort) -> Iterator[Row]:
     row.outcomes["killed and gone on"] = lost.total()
     late = row.outcomes.pop(LATE, 0)
     row.notes = [
-        f"{within:,} lost at most one interval of {INTERVAL} steps, the worst {max(lost)} steps: a save of this tiny run "
-        f"takes as long as its interval; {late:,} more kills came after the end and are not counted"
+        f"{within:,} lost at most one interval of {INTERVAL} steps, the worst {max(lost)} steps: a save of this tiny "
+        f"run takes as long as its interval; {late:,} more kills came after the end and are not counted"
     ]
     yield row
 

@@ -1,4 +1,4 @@
-"""What all faults share: how often each is injected, where, on two cores at a time, and the table of what came of it."""
+"""What all faults share: how often each is injected, two at a time, and the table of what came of it."""
 
 import contextlib
 import json

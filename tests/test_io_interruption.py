@@ -51,24 +51,34 @@ with interruption.obey_signals("left alone"):
 WORK = "stop = interruption.StopRequest(); stop.__enter__(); stop.protect()"
 
 
-def deaf(protect=""):
-    process = subprocess.Popen(
-        [sys.executable, "-c", DEAF.format(protect=protect)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.3)
-    return process
+@pytest.fixture
+def deaf():
+    """Start processes that are deep in a computation, and end them with the test."""
+    processes = []
+
+    def begin(protect=""):
+        command = [sys.executable, "-c", DEAF.format(protect=protect)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_too_busy_to_notice_is_ended_after_a_while_where_nothing_is_to_be_saved(number):
+def test_a_process_too_busy_to_notice_is_ended_after_a_while_where_nothing_is_to_be_saved(deaf, number):
     process = deaf()
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (130, "\nleft alone\n")
 
 
-def test_work_to_be_saved_is_waited_for_until_the_second_signal(tmp_path):
+def test_work_to_be_saved_is_waited_for_until_the_second_signal(deaf):
     process = deaf(WORK)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # at once, as `timeout` does: still the first
