@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Imported once, before any fork, but not started: a forked process starts JAX for itself.
 import chaos_checkpoints
 import chaos_disk
+import chaos_files
 import chaos_kills
 import chaos_stops
 import jax
@@ -37,6 +38,7 @@ FAULTS: dict[str, Callable[[Effort], Iterator[Row]]] = {
     "stopped": chaos_stops.stopped,
     "not_finite": chaos_stops.not_finite,
     "two_runs": chaos_stops.two_runs,
+    "hostile": chaos_files.hostile,
 }
 
 

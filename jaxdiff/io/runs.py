@@ -15,6 +15,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.metrics import METRICS
 from jaxdiff.io.provenance import command_line, versions
 from jaxdiff.io.run_lock import hold_folder
+from jaxdiff.io.strict_json import read_strict_json
 
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -219,15 +220,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object.
 
     Raises:
-      InputError: the file is missing or holds no JSON object.
+      InputError: the file is missing, or holds no JSON object, or one that names something twice.
     """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
-    return value
+    return read_strict_json(path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
