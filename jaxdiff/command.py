@@ -15,6 +15,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from jaxdiff.errors import InputError, InterruptedRun
+from jaxdiff.io.cache import keep_compiled
 from jaxdiff.io.interruption import INTERRUPTED, obey_signals
 
 ConfigType = TypeVar("ConfigType")
@@ -43,6 +44,7 @@ def run_command(
     interrupted = f"{command}: interrupted; run the same command again to go on"
     try:
         keep_freed_memory()
+        keep_compiled()
         config = parse(command, config_class, sys.argv[1:] if args is None else args)
         with obey_signals(interrupted):
             paths = run(config)

@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Imported once, before any fork, but not started: a forked process starts JAX for itself.
+import chaos_cache
 import chaos_checkpoints
 import chaos_disk
 import chaos_files
@@ -39,6 +40,7 @@ FAULTS: dict[str, Callable[[Effort], Iterator[Row]]] = {
     "not_finite": chaos_stops.not_finite,
     "two_runs": chaos_stops.two_runs,
     "hostile": chaos_files.hostile,
+    "compiled": chaos_cache.compiled,
 }
 
 

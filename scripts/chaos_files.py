@@ -25,7 +25,10 @@ MEGABYTES = 300
 def hostile(effort: Effort) -> Iterator[Row]:
     """Read hostile files of every kind."""
     rows = {
-        read_pictures: Row("corrupt and hostile pictures", "skipped and counted, or a picture of the right size", ),
+        read_pictures: Row(
+            "corrupt and hostile pictures",
+            "skipped and counted, or a picture of the right size",
+        ),
         read_tables: Row("corrupt and hostile csv", "one sentence, or exactly the pictures that it lists"),
         read_configs: Row("corrupt and hostile JSON: a run's config.json", "one sentence, or a config that is valid"),
         read_tensors: Row(
@@ -122,7 +125,10 @@ def pictures() -> dict[str, tuple[bytes, bool | None]]:
         "empty": (b"", False),
         "text": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", False),
         "a zip": (b"PK\x03\x04" + bytes(100), False),
-        "PostScript, which Pillow would run Ghostscript on": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", False),
+        "PostScript, which Pillow would run Ghostscript on": (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            False,
+        ),
     }
 
 

@@ -1,5 +1,6 @@
 """What stops a run from outside or from inside: SIGTERM, numbers that are not finite, a second run in the same folder."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,16 +15,29 @@ from pathlib import Path
 
 import chaos_run
 from chaos_kills import results_of
-from chaos_table import Child, Ended, Effort, Outcome, Row, scratch_folder, spread
+from chaos_table import Child, Effort, Ended, Outcome, Row, scratch_folder, spread
 
 WITHIN = 10.0
 """Seconds from the first signal to the end."""
+AT_ONCE = 2.0
+"""Seconds from the second signal to the end: the system's own time to take a process's memory back."""
 LARGE = ("--width=6000", "--train-steps=40", "--save-every=1000")
 """36 million parameters: 576 MB with their average and the optimiser's moments."""
-TRAIN_CFG = (
-    "--data=digits --devices=1 --preset=tiny --train-steps=8 --batch-size=8 --warmup-steps=2 --log-every=1 "
-    "--save-every=4 --sample-every=100 --judge-steps=5 --samples-per-class=2 --num-steps=3 --sample-batch-size=20"
-).split()
+TRAIN_CFG = [
+    "--data=digits",
+    "--devices=1",
+    "--preset=tiny",
+    "--train-steps=8",
+    "--batch-size=8",
+    "--warmup-steps=2",
+    "--log-every=1",
+    "--save-every=4",
+    "--sample-every=100",
+    "--judge-steps=5",
+    "--samples-per-class=2",
+    "--num-steps=3",
+    "--sample-batch-size=20",
+]
 
 
 def stopped(effort: Effort) -> Iterator[Row]:
@@ -33,8 +47,8 @@ def stopped(effort: Effort) -> Iterator[Row]:
         if (ended := Child.start(chaos_run.command(f"--out={folder / 'run'}"), folder / "said").wait()).code:
             raise RuntimeError(ended.said)
         expected = results_of(folder / "run")
-    jobs = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(40))]
-    yield _timed(small, spread(stop_and_go_on, jobs))
+    stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(40))]
+    yield _timed(small, spread(stop_and_go_on, stops))
     twice = Row("a second SIGTERM, in the middle of the first one's save", "out at once; the last save is intact")
     twice.add(spread(stop_twice, [Stop(seed, expected, effort.scratch) for seed in range(effort.times(20))]))
     yield twice
@@ -42,9 +56,14 @@ def stopped(effort: Effort) -> Iterator[Row]:
     if effort.share > 0.05:
         large.add(spread(stop_large, [Stop(seed, expected, effort.scratch) for seed in range(effort.times(3))]))
         yield _timed(large, [])
-        commands = Row("SIGTERM to train_cfg as it loads, compiles, trains, judges", "out in 10 s; goes on to the same end")
-        commands.add(spread(stop_train_cfg, [(effort.scratch, effort.seed, effort.times(10))]))
-        yield _timed(commands, [])
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            commands = Row(
+                f"{number.name} to train_cfg as it loads, trains, judges",
+                "goes on to the same end" + ("; out in 10 s" if number == signal.SIGTERM else ""),
+            )
+            jobs = [(effort.scratch, effort.seed + part, effort.times(5), number) for part in range(2)]
+            commands.add(spread(stop_train_cfg, jobs))
+            yield _timed(commands, [])
 
 
 def _timed(row: Row, outcomes: Iterable[Outcome]) -> Row:
@@ -118,7 +137,7 @@ def stop_twice(job: Stop) -> list[Outcome]:
             return [Outcome("saved before the second signal")]
         again = Child.start(chaos_run.command(*flags), said).wait()
         start = re.search(r"going on from step (\d+)", again.said)
-        if ended.code not in (-signal.SIGTERM, 128 + signal.SIGTERM) or seconds > 1.0:
+        if ended.code not in (-signal.SIGTERM, 128 + signal.SIGTERM) or seconds > AT_ONCE:
             return [Outcome("not at once", f"exit code {ended.code} after {seconds:.2f} s: {ended.said}")]
         if again.code or not start or int(start[1]) < 5 or "damaged" in again.said:
             return [Outcome("not resumed", again.said)]
@@ -141,13 +160,19 @@ def stop_large(job: Stop) -> list[Outcome]:
         return [Outcome(f"saved and out, {seconds:.2f} s", f"{seconds:.1f} s" if seconds > WITHIN else "")]
 
 
-def train_cfg(run: Path) -> subprocess.Popen[str]:
-    """Start the real command."""
+def train_cfg(run: Path, compiled: Path) -> subprocess.Popen[str]:
+    """Start the real command, which keeps its compiled programs in a folder, so that each run starts in seconds."""
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "jaxdiff.train_cfg", *TRAIN_CFG, f"--out={run}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, **environment},
     )
 
 
@@ -156,45 +181,47 @@ def hashes(run: Path) -> dict[str, str]:
     return json.loads((run / "results.json").read_text())["hashes"]
 
 
-def stop_train_cfg(job: tuple[Path, int, int]) -> list[Outcome]:
-    """Stop train_cfg at moments over its whole length, each time letting it go on afterwards."""
-    scratch, seed, times = job
+def stop_train_cfg(job: tuple[Path, int, int, int]) -> list[Outcome]:
+    """Send train_cfg a signal at moments over its whole length, each time letting the next one go on."""
+    scratch, seed, times, number = job
     rng, outcomes = random.Random(seed), []
     with scratch_folder(scratch) as folder:
-        since = time.monotonic()
-        first = train_cfg(folder / "whole")
-        said, _ = first.communicate()
-        length, expected = time.monotonic() - since, hashes(folder / "whole")
-        number = 0
-        for moment in rng.sample(range(100), times):
-            run = folder / f"run{number}"
-            process = train_cfg(run)
-            time.sleep(1.5 + (length - 1.5) * moment / 100)
+        compiled = folder / "compiled"
+        for name in ("compiling", "whole"):
             since = time.monotonic()
-            process.terminate()
+            said, _ = train_cfg(folder / name, compiled).communicate()
+            length = time.monotonic() - since
+        expected, run = hashes(folder / "whole"), folder / "run0"
+        for moment in rng.sample(range(100), times):
+            process = train_cfg(run, compiled)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0 + (length - 1.0) * moment / 100)
+            since = time.monotonic()
+            process.send_signal(number)
             said, _ = process.communicate(timeout=300)
             seconds = time.monotonic() - since
             if process.returncode == 0:
+                run = run.with_name(f"run{len(outcomes) + 1}")
                 outcomes.append(Outcome("ended before the signal"))
-            elif process.returncode not in (130, -signal.SIGTERM) or "Traceback" in said or seconds > WITHIN:
+            elif number == signal.SIGKILL and process.returncode == -number:
+                outcomes.append(Outcome("killed"))
+            elif process.returncode not in (130, -number) or "Traceback" in said or seconds > WITHIN:
                 outcomes.append(Outcome("not stopped well", f"{process.returncode}, {seconds:.1f} s: {said}"))
             else:
                 saved = " and saved" if "saved at step" in said else ""
                 outcomes.append(Outcome(f"stopped{saved}, {seconds:.2f} s"))
-            if (run / "results.json").exists():
-                number += 1
-        if number == 0 or run.exists():
-            again = train_cfg(run)
-            said, _ = again.communicate(timeout=300)
-            if again.returncode or hashes(run) != expected:
-                outcomes.append(Outcome("not resumed", said))
+        again = train_cfg(run, compiled)
+        said, _ = again.communicate(timeout=300)
+        if again.returncode or hashes(run) != expected:
+            outcomes.append(Outcome("not resumed", said))
     return outcomes
 
 
 def not_finite(effort: Effort) -> Iterator[Row]:
     """Poison one step of a run."""
     row = Row(
-        "NaN in a batch, so in loss and gradient", "stops, naming the step; nothing bad saved; goes on from the last good one"
+        "NaN in a batch, so in loss and gradient",
+        "stops, naming the step; nothing bad saved; goes on from the last good one",
     )
     row.add(spread(poison, [(effort.scratch, step) for step in range(1, 1 + max(2, effort.times(40)))]))
     yield row
