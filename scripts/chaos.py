@@ -27,7 +27,7 @@ import chaos_stops
 import jax
 import orbax.checkpoint  # noqa: F401
 import tyro
-from chaos_table import CORES, Effort, Row, as_json, as_markdown, scratch_folder
+from chaos_table import PROCESSES, Effort, Row, as_json, as_markdown, scratch_folder
 
 import jaxdiff
 import jaxdiff.recipes.loop
@@ -54,6 +54,8 @@ class Config:
     """Some of the faults, by name; none means all."""
     share: float = 1.0
     """Part of the injections that the table promises."""
+    processes: int = 2
+    """Injections at a time."""
     seed: int = 0
     """Seed of all random choices."""
 
@@ -68,6 +70,7 @@ def main() -> int:
     out = config.out.expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
+    PROCESSES[0] = config.processes
     started = time.monotonic()
     with scratch_folder(out) as scratch:
         for name in config.only or FAULTS:
@@ -79,8 +82,8 @@ def main() -> int:
                 print(*(f"  {text}" for text in row.broken[:3]), sep="\n", end="", flush=True)
     minutes = (time.monotonic() - started) / 60
     about = (
-        f"jaxdiff {jaxdiff.__version__}, Python {platform.python_version()}, jax {jax.__version__}, {CORES} processes "
-        f"on {os.cpu_count()} CPU cores, share {config.share:g}, seed {config.seed}, {minutes:.1f} minutes"
+        f"jaxdiff {jaxdiff.__version__}, Python {platform.python_version()}, jax {jax.__version__}, "
+        f"{config.processes} processes on {os.cpu_count()} CPU cores, share {config.share:g}, seed {config.seed}, {minutes:.1f} minutes"
     )
     text = f"{about}\n\n{as_markdown(rows)}"
     print(f"\n{text}")

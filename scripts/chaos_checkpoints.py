@@ -41,12 +41,12 @@ def damaged(effort: Effort) -> Iterator[Row]:
         # Every file, then more of them at random.
         chosen = (with_content * (1 + effort.times(1200) // len(with_content)))[: effort.times(1200)]
         bits: list[tuple[str, str | int]] = [(n, rng.randrange(8 * (newest / n).stat().st_size)) for n in chosen]
-        flips.add(spread(damage_in_turn, in_parts(run, bits, 4, effort.seed)))
+        flips.add(spread(damage_in_turn, in_parts(run, bits, 8, effort.seed)))
         flips.notes.append(f"in all {len(with_content)} files")
         yield flips
         kinds: list[tuple[str, str | int]] = [(name, kind) for name in files for kind in DAMAGE]
         rng.shuffle(kinds)
-        other.add(spread(damage_in_turn, in_parts(run, kinds[: max(5, effort.times(len(kinds)))], 2, effort.seed)))
+        other.add(spread(damage_in_turn, in_parts(run, kinds[: max(5, effort.times(len(kinds)))], 4, effort.seed)))
         yield other
         yield unreadable(effort, run)
 

@@ -39,7 +39,7 @@ def killed(effort: Effort) -> Iterator[Row]:
     """Kill small runs often and real ones sometimes."""
     row = Row(
         "SIGKILL at random moments and in each phase of a save",
-        "every run goes on; no more is lost than the save under way; the end is bit-equal to that of a run nobody killed",
+        "every run goes on; at most the save under way is lost; the end is bit-equal to that of a run nobody killed",
     )
     with scratch_folder(effort.scratch) as folder:
         if (ended := Child.start(chaos_run.command(f"--out={folder / 'run'}"), folder / "said").wait()).code:

@@ -118,7 +118,7 @@ def read_payloads(job: tuple[Path, int, int]) -> list[Outcome]:
     from jaxdiff.io.torch_files import read_checkpoint, read_state_dict, read_torch
 
     def all_tensors(reader: Callable[[Path], Any]) -> Callable[[Path], Any]:
-        return lambda path: {name: tensor for name, tensor in reader(path).items()}
+        return lambda path: dict(reader(path).items())
 
     readers = {
         "read_torch": read_torch,

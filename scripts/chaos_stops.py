@@ -1,4 +1,4 @@
-"""What stops a run from outside or from inside: SIGTERM, numbers that are not finite, a second run in the same folder."""
+"""What stops a run, from outside or from inside: SIGTERM, numbers that are not finite, a second run in its folder."""
 
 import contextlib
 import json
@@ -47,23 +47,22 @@ def stopped(effort: Effort) -> Iterator[Row]:
         if (ended := Child.start(chaos_run.command(f"--out={folder / 'run'}"), folder / "said").wait()).code:
             raise RuntimeError(ended.said)
         expected = results_of(folder / "run")
-    stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(40))]
+    stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(24))]
     yield _timed(small, spread(stop_and_go_on, stops))
     twice = Row("a second SIGTERM, in the middle of the first one's save", "out at once; the last save is intact")
-    twice.add(spread(stop_twice, [Stop(seed, expected, effort.scratch) for seed in range(effort.times(20))]))
+    twice.add(spread(stop_twice, [Stop(seed, expected, effort.scratch) for seed in range(effort.times(12))]))
     yield twice
     large = Row("SIGTERM, 36 million parameters", "saved and out in 10 s")
     if effort.share > 0.05:
-        large.add(spread(stop_large, [Stop(seed, expected, effort.scratch) for seed in range(effort.times(3))]))
-        yield _timed(large, [])
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            commands = Row(
-                f"{number.name} to train_cfg as it loads, trains, judges",
-                "goes on to the same end" + ("; out in 10 s" if number == signal.SIGTERM else ""),
-            )
-            jobs = [(effort.scratch, effort.seed + part, effort.times(5), number) for part in range(2)]
-            commands.add(spread(stop_train_cfg, jobs))
-            yield _timed(commands, [])
+        stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(3))]
+        yield _timed(large, spread(stop_large, stops))
+        commands = Row(
+            "SIGTERM and SIGKILL to train_cfg itself, as it loads, compiles, trains, judges",
+            "out in 10 s; goes on to the same end",
+        )
+        signals = (signal.SIGTERM, signal.SIGKILL)
+        jobs = [(effort.scratch, effort.seed + number, effort.times(5), number) for number in signals]
+        yield _timed(commands, spread(stop_train_cfg, jobs))
 
 
 def _timed(row: Row, outcomes: Iterable[Outcome]) -> Row:
@@ -125,7 +124,7 @@ def stop_twice(job: Stop) -> list[Outcome]:
         run, said = folder / "run", folder / "said"
         flags = (f"--out={run}", "--pause=0.02", "--width=2000", "--save-every=5")  # 64 MB to save
         child = Child.start(chaos_run.command(*flags), said)
-        _wait_for(run / "metrics.jsonl", child, '"step": 7,')
+        _wait_for(run / "checkpoints" / "5" / "digests.json", child)
         os.kill(child.pid, signal.SIGTERM)
         _wait_for(said, child, "once more to leave at once")
         time.sleep(rng.uniform(0.0, 0.2))
@@ -223,7 +222,7 @@ def not_finite(effort: Effort) -> Iterator[Row]:
         "NaN in a batch, so in loss and gradient",
         "stops, naming the step; nothing bad saved; goes on from the last good one",
     )
-    row.add(spread(poison, [(effort.scratch, step) for step in range(1, 1 + max(2, effort.times(40)))]))
+    row.add(spread(poison, [(effort.scratch, step) for step in range(1, 1 + max(2, effort.times(24)))]))
     yield row
 
 
@@ -246,7 +245,7 @@ def poison(job: tuple[Path, int]) -> list[Outcome]:
 def two_runs(effort: Effort) -> Iterator[Row]:
     """Start a second run in a folder where one is running, kill the first, start the second again."""
     row = Row("a second run started in a run's folder", "refused in one sentence; free again when the first is killed")
-    row.add(spread(start_twice, [(effort.scratch, seed) for seed in range(effort.times(30))]))
+    row.add(spread(start_twice, [(effort.scratch, seed) for seed in range(effort.times(20))]))
     yield row
 
 

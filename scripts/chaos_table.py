@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CORES = 2
-
 
 class Outcome(NamedTuple):
     """What came of one injection: in words that are counted, and, where the promise was broken, how."""
@@ -68,9 +66,13 @@ class Row:
                 self.broken.append(outcome.broken)
 
 
+PROCESSES = [2]
+"""How many work at a time."""
+
+
 def spread(function: Callable[[Any], list[Outcome]], jobs: Sequence[Any]) -> Iterator[Outcome]:
     """Yield the outcomes of all jobs, worked off by forked processes; this process must not have started JAX."""
-    with multiprocessing.get_context("fork").Pool(min(CORES, len(jobs))) as pool:
+    with multiprocessing.get_context("fork").Pool(min(PROCESSES[0], len(jobs))) as pool:
         for outcomes in pool.imap_unordered(_Guarded(function), jobs):
             yield from outcomes
 
