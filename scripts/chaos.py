@@ -83,7 +83,8 @@ def main() -> int:
     minutes = (time.monotonic() - started) / 60
     about = (
         f"jaxdiff {jaxdiff.__version__}, Python {platform.python_version()}, jax {jax.__version__}, "
-        f"{config.processes} processes on {os.cpu_count()} CPU cores, share {config.share:g}, seed {config.seed}, {minutes:.1f} minutes"
+        f"{config.processes} processes on {os.cpu_count()} CPU cores, share {config.share:g}, seed {config.seed}, "
+        f"{minutes:.1f} minutes"
     )
     text = f"{about}\n\n{as_markdown(rows)}"
     print(f"\n{text}")
