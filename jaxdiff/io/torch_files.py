@@ -275,7 +275,7 @@ def _interpret(records: _Records, known: Mapping[str, Any], finish: Callable[[_V
 
     for opcode, arg, _ in pickletools.genops(records.pickled):
         match opcode.name:
-            case "PROTO" if arg <= MAX_PROTOCOL:
+            case "PROTO" if arg in range(MAX_PROTOCOL + 1):
                 pass
             case "FRAME":  # how much to read ahead, which is all in memory already
                 pass
