@@ -7,7 +7,6 @@ to go on).
 import ctypes
 import importlib.util
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +18,11 @@ import tyro
 
 from jaxdiff import processes
 from jaxdiff.errors import InputError, InterruptedRun
+from jaxdiff.io.cache import keep_compiled
+from jaxdiff.io.interruption import INTERRUPTED, obey_signals
 
 ConfigType = TypeVar("ConfigType")
+INTERRUPTED_SENTENCE = "interrupted; run the same command again to go on"
 
 
 def run_command(
@@ -43,17 +45,19 @@ def run_command(
       The exit code.
     """
     command = f"{program} {name}"
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         keep_freed_memory()
-        paths = run(parse(command, config_class, sys.argv[1:] if args is None else args))
-        processes.finish()
+        keep_compiled()
+        config = parse(command, config_class, sys.argv[1:] if args is None else args)
+        with obey_signals(f"{command}: {INTERRUPTED_SENTENCE}"):
+            paths = run(config)
+            processes.finish()
     except InterruptedRun as stop:
         print(f"\n{command}: {stop}", file=sys.stderr)
         processes.finish()
-        return 130
+        return INTERRUPTED
     except KeyboardInterrupt:
-        return give_up(command, 130, "interrupted; run the same command again to go on")
+        return give_up(command, INTERRUPTED, INTERRUPTED_SENTENCE)
     except Exception as error:
         sentence = explain(error)
         if sentence is None or os.environ.get("JAXDIFF_TRACEBACK"):
@@ -61,8 +65,6 @@ def run_command(
             processes.fail(1, f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
         return give_up(command, 2, f"error: {sentence}")
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if paths:
         print("\nWritten:", *(f"  {path}" for path in paths), sep="\n")
     return 0
@@ -70,7 +72,7 @@ def run_command(
 
 def give_up(command: str, code: int, sentence: str) -> int:
     """Print why a command ends early, the same to the other processes of its run, and return the exit code."""
-    print(("\n" if code == 130 else "") + f"{command}: {sentence}", file=sys.stderr)
+    print(("\n" if code == INTERRUPTED else "") + f"{command}: {sentence}", file=sys.stderr)
     processes.fail(code, sentence)
     return code
 

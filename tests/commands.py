@@ -59,7 +59,8 @@ def run_here(main, *args: str) -> Answer:
 def start(module: str, *args: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Start `python -m MODULE ARGS`, with additions to this process's environment."""
     command = [sys.executable, "-m", module, *args]
-    variables = {**os.environ, **(environment or {})}
+    # Empty means none, so that no test leaves programs in the user's cache.
+    variables = {"JAX_COMPILATION_CACHE_DIR": "", **os.environ, **(environment or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
 

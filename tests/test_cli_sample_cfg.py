@@ -200,7 +200,7 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path):
     ("text", "sentence"),
     [
         ('{"seed": ', "config.json: cannot be read"),
-        ("[]", "config.json: must hold a JSON object"),
+        ("[]", "config.json: cannot be read (a list instead of an object)"),
         ('{"architectures": ["GPT2"]}', "not the config of a train_cfg run"),
     ],
 )

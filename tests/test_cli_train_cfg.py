@@ -22,6 +22,7 @@ from jaxdiff import train_cfg
 from jaxdiff.io.datasets import load_data
 from jaxdiff.io.digits import DOMAINS, embedded_digits
 from jaxdiff.io.provenance import tree_hash
+from jaxdiff.io.run_lock import LOCK
 from jaxdiff.mesh import make_mesh
 from jaxdiff.recipes import judge
 from jaxdiff.recipes.conditional_training import training_figures
@@ -56,7 +57,8 @@ def test_a_run_succeeds_and_ends_with_the_paths_of_all_that_it_wrote(finished_ru
     folder, answer = finished_run
     assert answer.code == 0, answer.err
     assert "Traceback" not in answer.err
-    assert {path.relative_to(folder).parts[0] for path in answer.written} == {path.name for path in folder.iterdir()}
+    kept = {path.name for path in folder.iterdir()} - {LOCK}
+    assert {path.relative_to(folder).parts[0] for path in answer.written} == kept
     assert [path for path in answer.written if not path.exists()] == []
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import InputError
+from jaxdiff.io import checkpoint
 from jaxdiff.io.checkpoint import DIGESTS, Checkpoints
 from jaxdiff.mesh import make_mesh
 from jaxdiff.recipes.training import create_state, make_optimizer
@@ -72,20 +73,129 @@ def test_one_flipped_bit_anywhere_is_found_and_the_one_before_used(saved, tmp_pa
         assert path.name in said[0]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "digests"])
-def test_other_damage_is_found(saved, damage):
-    largest = max(files_of(saved / "5"), key=lambda path: path.stat().st_size)
-    if damage == "truncate":
+def damage(folder, how):
+    """Damage the checkpoint in a folder; return what must be said of it."""
+    largest = max(files_of(folder), key=lambda path: path.stat().st_size)
+    if how == "truncated":
         largest.write_bytes(largest.read_bytes()[:-1])
-    elif damage == "delete":
+        return f"{largest.relative_to(folder)} has changed since it was written"
+    if how == "emptied":
+        largest.write_bytes(b"")
+        return f"{largest.relative_to(folder)} has changed since it was written"
+    if how == "deleted":
         largest.unlink()
-    else:
-        (saved / "5" / DIGESTS).write_text("{")
+        return f"{largest.relative_to(folder)}: No such file or directory"
+    if how == "added":
+        (folder / "state" / "more").write_text("")
+        return "state/more was not there when it was written"
+    if how == "unsealed":
+        # A flip that only the missing digests could tell.
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+        (folder / DIGESTS).unlink()
+        return "digests.json: No such file or directory"
+    (folder / DIGESTS).write_text({"cut": "{", "a list": "[]", "outside": '{"/x": ""}', "null": '{"\\u0000": ""}'}[how])
+    return "../../../x: No such file or directory" if how == "outside" else "digests.json is not readable"
+
+
+HOW = ["truncated", "emptied", "deleted", "added", "unsealed", "cut", "a list", "null"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_other_damage_is_named_and_set_aside(saved, how):
+    sentence = damage(saved / "5", how)
     said = []
     _, step = Checkpoints(saved, report=said.append).restore(state_at(0))
     assert step == 4
-    assert "checkpoint 5 is damaged" in said[0]
+    assert said == [f"{saved}: checkpoint 5 is damaged ({sentence}); it was set aside as damaged-5"]
     assert (saved / "damaged-5").is_dir()
+
+
+def test_digests_may_name_files_outside_without_harm(saved):
+    damage(saved / "5", "outside")
+    said = []
+    assert Checkpoints(saved, report=said.append).restore(state_at(0))[1] == 4
+    assert "/x: No such file or directory" in said[0]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_to_be_read_only_damage_is_passed_over_and_nothing_is_touched(saved, how):
+    damage(saved / "5", how)
+    (saved / "6.orbax-checkpoint-tmp").mkdir()
+    before, said = contents(saved), []
+    checkpoints = Checkpoints(saved, report=said.append, read_only=True)
+    assert checkpoints.steps() == [2, 4]
+    assert checkpoints.best_step() == 2
+    restored, step = checkpoints.restore(state_at(0))
+    checkpoints.close()
+    assert step == 4
+    assert_same(restored, state_at(4))
+    assert contents(saved) == before
+    assert (saved / "6.orbax-checkpoint-tmp").is_dir()
+    assert [text.endswith("it was passed over") for text in said] == [True]
+
+
+def test_a_folder_without_checkpoints_is_not_made_by_reading(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "none", read_only=True)
+    assert checkpoints.restore(state_at(0)) is None
+    checkpoints.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_committed_is_sealed_and_what_killed_runs_left_is_cleared(saved):
+    for step in (2, 4, 5):
+        table = json.loads((saved / str(step) / DIGESTS).read_text())
+        assert set(table) == {str(path.relative_to(saved / str(step))) for path in files_and_empty(saved / str(step))}
+    for name in ("6.orbax-checkpoint-tmp", "7.orbax-checkpoint-tmp-whole", "expired"):
+        shutil.copytree(saved / "4", saved / name / "state")
+    (saved / "notes").mkdir()
+    said = []
+    Checkpoints(saved, report=said.append)
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "4", "5", "notes"]
+    assert said == []
+
+
+def files_and_empty(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS]
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(saved, monkeypatch):
+    victim = files_of(saved / "5")[0]
+
+    def refuse(path):
+        if path == victim:
+            raise PermissionError(13, "Permission denied", str(path))
+        return digest(path)
+
+    digest = checkpoint._digest
+    monkeypatch.setattr(checkpoint, "_digest", refuse)
+    with pytest.raises(InputError, match=f"{victim}: Permission denied; give yourself the right to read it"):
+        Checkpoints(saved)
+    assert (saved / "5").is_dir()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_first_save(tmp_path):
+    (tmp_path / "c").write_text("a file")
+    with pytest.raises(InputError, match=r"c: cannot be written \(File exists\)"):
+        Checkpoints(tmp_path / "c")
+
+
+def test_another_dtype_is_an_error_that_names_the_leaf_unless_asked_for(saved):
+    other = state_at(0)
+    other = other.replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), other.params))
+    checkpoints = Checkpoints(saved)
+    sentence = r"5: params\.dense\.(kernel|bias) is float32, but the run asks for bfloat16"
+    with pytest.raises(InputError, match=sentence):
+        checkpoints.restore(other)
+    restored, step = checkpoints.restore(other, cast=True)
+    assert step == 5
+    assert restored.params["dense"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(restored.params["dense"]["kernel"], np.full((8, 3), 5.0))
 
 
 def test_nothing_there_and_nothing_good(saved, tmp_path):

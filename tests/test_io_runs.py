@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -136,7 +137,7 @@ def test_starting_over_deletes_the_run_and_nothing_else(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "notes.txt").write_text("mine")
     runs.open_run(tmp_path, {"a": 2}, start_over=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["config.json", "notes.txt"]
     assert runs.read_json(tmp_path / "config.json") == {"a": 2}
 
 
@@ -168,7 +169,7 @@ def test_starting_over_deletes_the_pictures_of_the_old_model(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("old")
     runs.open_run(tmp_path, {"a": 1}, start_over=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "grid_of_mine.jpg"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["config.json", "grid_of_mine.jpg"]
 
 
 def test_checking_a_config_writes_nothing(tmp_path):
@@ -218,3 +219,33 @@ def test_results_hold_figures_under_plain_names_and_where_they_come_from(tmp_pat
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert record["versions"]["device"] == "2 x cpu"
     assert shlex.split(record["command"]) == ["jaxdiff", "train_cfg", "--out", "my runs"]
+
+
+# One writer
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jaxdiff.io.run_lock import hold_folder
+hold_folder(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended_however_it_ended(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        runs.write_json(tmp_path / "config.json", {"steps": 3})
+        for start_over in (False, True):
+            sentence = rf"another run is writing there \(process {process.pid} on .*\); wait for its end"
+            with pytest.raises(InputError, match=sentence):
+                runs.open_run(tmp_path, {"steps": 4}, start_over=start_over)
+        assert runs.read_json(tmp_path / "config.json") == {"steps": 3}
+    finally:
+        process.kill()
+        process.communicate()
+    runs.open_run(tmp_path, {"steps": 3})
+    # The same process may go on in its own folder, as a notebook does.
+    runs.open_run(tmp_path, {"steps": 3})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import (
-    MAX_JSON_BYTES,
+    MAX_HEADER_BYTES,
     LazyTensors,
     check_specs,
     flatten_params,
@@ -130,10 +130,10 @@ def test_names_lead_back():
 
 
 def huge_header(path):
-    path.write_bytes(struct.pack("<Q", MAX_JSON_BYTES + 1) + b"{")
+    path.write_bytes(struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{")
     with path.open("r+b") as file:
-        file.truncate(MAX_JSON_BYTES + 100)  # a hole, which takes no disk
-    return f"a header of {MAX_JSON_BYTES + 1:,} bytes, more than"
+        file.truncate(MAX_HEADER_BYTES + 100)  # a hole, which takes no disk
+    return f"a header of {MAX_HEADER_BYTES + 1:,} bytes, more than"
 
 
 def header_beyond_the_end(path):

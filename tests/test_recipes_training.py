@@ -483,6 +483,22 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved_either(loop, tmp_path
     assert loop.saved(tmp_path)[0] == [2]
 
 
+def test_a_state_that_is_not_finite_is_not_saved_though_its_loss_and_gradient_were(loop, tmp_path):
+    def blow_up(state, batch):
+        state, metrics = train_step(state, batch)
+        bias = jnp.where(state.step == 4, jnp.inf, state.params["bias"])
+        return state.replace(params={**state.params, "bias": bias}), metrics
+
+    train_step = loop.train_step
+    loop.train_step = blow_up
+    try:
+        with pytest.raises(InputError, match=r"diverged at step 4: params\.bias is not finite\. .* is step 2"):
+            loop.run(tmp_path, save_every=2)
+    finally:
+        loop.train_step = train_step
+    assert loop.saved(tmp_path)[0] == [2]
+
+
 @pytest.mark.parametrize(
     ("number", "during"),
     [
@@ -517,7 +533,9 @@ def test_a_stop_request_saves_the_step_it_names_and_a_new_run_goes_on(loop, tmp_
 
 
 @pytest.mark.parametrize("during", ["logged", "saved"])
-def test_a_stop_request_while_the_last_step_is_logged_or_saved_changes_nothing(loop, tmp_path, handlers, during):
+def test_a_stop_request_while_the_last_step_is_logged_or_saved_stops_what_would_follow(
+    loop, tmp_path, handlers, during
+):
     def learning_rate(step):
         if during == "logged":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -528,9 +546,12 @@ def test_a_stop_request_while_the_last_step_is_logged_or_saved_changes_nothing(l
             os.kill(os.getpid(), signal.SIGTERM)
         return jnp.float32(1.0)
 
-    state = loop.run(tmp_path, toy_batch, learning_rate, validation_loss, save_every=100, log_every=100)
-    assert_last_step(loop, state)
-    assert loop.saved(tmp_path)[0] == [8]
+    with pytest.raises(InterruptedRun, match="saved at step 8 of 8"):
+        loop.run(tmp_path, toy_batch, learning_rate, validation_loss, save_every=100, log_every=100)
+    steps, saved = loop.saved(tmp_path)
+    assert steps == [8]
+    assert_last_step(loop, saved)
+    assert_last_step(loop, loop.run(tmp_path))
     unheeded, ours = handlers
     assert unheeded == []
     assert {number: signal.getsignal(number) for number in ours} == ours

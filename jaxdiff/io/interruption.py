@@ -1,8 +1,27 @@
-"""Ctrl-C and SIGTERM as a polite request: finish the step, save, leave; the second one leaves at once."""
+"""Ctrl-C and SIGTERM as a polite request: finish the step, save, leave; the second one leaves at once.
 
+Python runs its handlers between two of its own instructions, and a compiled program may compute for minutes. So a
+thread is told of every signal too: it ends a process that is too busy to notice, unless there is work to be saved.
+"""
+
+import contextlib
 import os
+import select
 import signal
+import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
+
+GRACE = 5.0
+"""Seconds that a process without work to save may go on computing after the first signal."""
+SAME = 0.5
+"""Seconds within which a second signal is the first one again: `timeout` and some schedulers send it twice."""
+INTERRUPTED = 130
+"""Exit code of an interrupted command."""
+
+_at_stake = threading.Event()
+"""Set while there is work that a stop must save first."""
 
 
 class StopRequest:
@@ -18,8 +37,13 @@ class StopRequest:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        _at_stake.clear()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def protect(self) -> None:
+        """Say that there is work by now which a stop must save first; before, a stop need not wait for a compiler."""
+        _at_stake.set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -28,3 +52,44 @@ class StopRequest:
             signal.signal(other, signal.SIG_DFL)
         # Not print: this may run in the middle of another print, which Python's files do not allow.
         os.write(2, b"\nstopping after this step; once more to leave at once\n")
+
+
+@contextlib.contextmanager
+def obey_signals(sentence: str) -> Iterator[None]:
+    """Have SIGTERM raise KeyboardInterrupt as Ctrl-C does, and end this process where it is too busy to notice.
+
+    Args:
+      sentence: printed before the process is ended with INTERRUPTED, `GRACE` seconds after the first signal.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reading, sentence), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        os.close(writing)  # ends the thread
+        thread.join()
+        os.close(reading)
+
+
+def _watch(reading: int, sentence: str) -> None:
+    """Read the numbers of signals from a pipe until it is closed; end the process where they are not obeyed."""
+    first: float | None = None
+    while True:
+        if select.select([reading], [], [], None if first is None else 0.1)[0]:
+            numbers = os.read(reading, 64)
+            if not numbers:
+                return
+            stops = [number for number in numbers if number in (signal.SIGINT, signal.SIGTERM)]
+            if stops and first is None:
+                first = time.monotonic()
+            elif stops and first is not None and time.monotonic() - first > SAME:
+                os._exit(128 + stops[0])
+        if first is not None and not _at_stake.is_set() and time.monotonic() - first > GRACE:
+            os.write(2, f"\n{sentence}\n".encode())
+            os._exit(INTERRUPTED)

@@ -12,6 +12,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from jaxdiff.errors import InputError
 from jaxdiff.io.metrics import METRICS
 from jaxdiff.io.provenance import command_line, versions
+from jaxdiff.io.run_lock import hold_folder
+from jaxdiff.io.strict_json import read_strict_json
+from jaxdiff.processes import is_leader
 
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -27,7 +30,7 @@ MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", DATA, "tensorboard", "
 
 
 def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = (), start_over: bool = False) -> Path:
-    """Create or open a run folder, check that it holds this run and no other, and return its absolute path.
+    """Create or open a run folder for this process alone, check that it holds this run, return its absolute path.
 
     Args:
       folder: run folder.
@@ -36,10 +39,12 @@ def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = ()
       start_over: delete what an earlier run left there.
 
     Raises:
-      InputError: the folder cannot be written, another config started its run, or it is to be started over but
-        holds things that no run of jaxdiff left there.
+      InputError: the folder cannot be written, another process writes there, another config started its run, or it
+        is to be started over but holds things that no run of jaxdiff left there.
     """
     folder = make_folder(folder)
+    if is_leader():
+        hold_folder(folder)
     if start_over:
         _delete_run(folder, config)
     check_config(folder, config, free)
@@ -214,15 +219,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object.
 
     Raises:
-      InputError: the file is missing or holds no JSON object.
+      InputError: the file is missing, or holds no JSON object, or one that names something twice.
     """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
-    return value
+    return read_strict_json(path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

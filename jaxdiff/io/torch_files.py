@@ -26,6 +26,8 @@ from jaxdiff.io.weights import LazyTensors
 
 MAX_PICKLE_BYTES = 2**22
 """Longest pickle that is read; a tensor needs about 200 bytes of it."""
+MAX_PROTOCOL = 5
+"""Newest pickle protocol that there is."""
 MAX_REPEATED = 2**20
 """Most elements of a view that repeats its storage (`expand` makes such), which could otherwise claim any size."""
 
@@ -273,7 +275,9 @@ def _interpret(records: _Records, known: Mapping[str, Any], finish: Callable[[_V
 
     for opcode, arg, _ in pickletools.genops(records.pickled):
         match opcode.name:
-            case "PROTO" | "FRAME":
+            case "PROTO" if arg in range(MAX_PROTOCOL + 1):
+                pass
+            case "FRAME":  # how much to read ahead, which is all in memory already
                 pass
             case "STOP":
                 return stack.pop()
@@ -346,7 +350,7 @@ def _check_type(value: Any, kind: type) -> Any:
 
 def _look_up(known: Mapping[str, Any], name: str) -> Any:
     if name not in known:
-        raise _RefusedImport(name)
+        raise _RefusedImport(name if name.isprintable() else repr(name))
     return known[name]
 
 

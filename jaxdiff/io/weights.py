@@ -21,10 +21,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.strict_json import MAX_JSON_BYTES, parse_json, read_strict_json
+from jaxdiff.io.strict_json import parse_json, read_strict_json
 
 MAX_NAMED = 8
 """Most tensor names that one message lists."""
+MAX_HEADER_BYTES = 2**23
+"""Longest header that is parsed; Python needs some ten times its size for what it describes."""
+MAX_TENSORS = 20_000
+"""Most tensors of one file; Stable Diffusion has 1,100, and the largest language models have fewer in a file."""
 
 Spec = tuple[tuple[int, ...], str]
 """Shape and dtype of a tensor, the latter as NumPy names it."""
@@ -305,9 +309,12 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str], dict[str,
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or 8 + length > size:
                 raise InputError(f"{path}: truncated, or not a safetensors file ({size:,} bytes); download it again")
-            if length > MAX_JSON_BYTES:
-                raise InputError(f"{path}: a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} allowed")
+            if length > MAX_HEADER_BYTES:
+                raise InputError(f"{path}: a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
             text = file.read(length)
+            # Counted before anything is made of them; a file that hides some has fewer bytes for them too.
+            if (number := text.count(b'"data_offsets"')) > MAX_TENSORS:
+                raise InputError(f"{path}: {number:,} tensors, more than the {MAX_TENSORS:,} allowed")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     try:

@@ -119,8 +119,8 @@ def train(
             draw_grid,
         ).run(state)
     finally:
-        log.close()
         checkpoints.close()
+        log.close()
     return state.ema_params, training_figures(out, parts)
 
 
@@ -175,7 +175,7 @@ def restore_model(
     model = build_conditional_model(preset, dtype, diffusion, (height, width, channels), *names)
     optimizer, _ = optimizer_of(training)
     like = create_state(model.compile_init()(jax.random.key(0)), optimizer, jax.random.key(0), mesh)
-    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
     best = checkpoints.best_step() if which == "best" else None
     if which == "best" and best is None and checkpoints.steps():
         raise InputError(f"{run}: no checkpoint there has a loss on held-out images yet; use --checkpoint last")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
 from jaxdiff.diffusion.samplers import image_keys
+from jaxdiff.io.file_names import as_file_name
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import to_uint8, write_png
 from jaxdiff.io.progress import progress_bar
@@ -169,11 +170,12 @@ def deliver(
     folder: Path, model: ConditionalModel, images: UInt8[np.ndarray, "D K M H W C"], per_class: int
 ) -> list[Path]:
     """Write `{domain}/{class}_{001..}.png`, the layout that the course's grader reads; return the domain folders."""
-    for d, domain in enumerate(model.domain_names):
+    domains = [folder / as_file_name(domain) for domain in model.domain_names]
+    for d, domain in enumerate(domains):
         # An earlier, larger delivery would leave pictures of another model or guidance behind.
-        for old in (folder / domain).glob("*_[0-9][0-9][0-9]*.png"):
+        for old in domain.glob("*_[0-9][0-9][0-9]*.png"):
             old.unlink()
         for k, name in enumerate(model.class_names):
             for n in range(per_class):
-                write_png(folder / domain / f"{name}_{n + 1:03d}.png", images[d, k, n])
-    return [folder / domain for domain in model.domain_names]
+                write_png(domain / f"{as_file_name(name)}_{n + 1:03d}.png", images[d, k, n])
+    return domains

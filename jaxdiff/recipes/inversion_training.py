@@ -249,8 +249,8 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
         ).run
         state = state if enough() else run(state)
     finally:
-        log.close()
         checkpoints.close()
+        log.close()
     return {name: np.asarray(leaf) for name, leaf in parts.finish(state.ema_params).items()}
 
 

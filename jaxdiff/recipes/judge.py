@@ -119,7 +119,7 @@ def load_judge(run: Path, config: ClassifierConfig, image_shape: tuple[int, int,
       InputError: there is none, or it is damaged.
     """
     _, state = initial_judge(config, image_shape, 1, 0, mesh)
-    checkpoints = Checkpoints(run / "judge", keep_last=1)
+    checkpoints = Checkpoints(run / "judge", read_only=True)
     restored = checkpoints.restore(state) if checkpoints.steps() else None
     checkpoints.close()
     if restored is None:

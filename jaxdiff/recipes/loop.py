@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.metrics import MetricsLog
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.mesh import AgreedStop
-from jaxdiff.recipes.training import StepResult, TrainState, fit
+from jaxdiff.recipes.training import StepResult, TrainState, find_not_finite, fit
 from jaxdiff.settings import OptimizationSettings
 
 
@@ -61,33 +60,35 @@ class TrainingLoop:
         with StopRequest() as request, bar:
             stop = AgreedStop(lambda: request.requested, self.mesh)
             for result, figures in self._with_figures(results, bar):
+                request.protect()
                 state = result.state
-                due = result.step % self.settings.save_every == 0 or result.step == self.settings.train_steps
-                # Read once: a request that comes while this step is saved or drawn is met after the next one.
+                last = result.step == self.settings.train_steps
+                due = result.step % self.settings.save_every == 0 or last
                 stop.ask()
-                stopping = stop.requested and result.step < self.settings.train_steps
                 # Logged before it is saved, so that a run killed in between does not lose the line.
                 if figures:
                     self.log.write(result.step, figures)
-                if due or stopping:
+                saving = due or stop.requested
+                if saving:
                     self._save(result, validate=due)
-                if (
-                    self.sample
-                    and result.step % self.settings.sample_every == 0
-                    and result.step < self.settings.train_steps
-                ):
+                # A picture takes longer than whoever stops a run may wait.
+                if self.sample and result.step % self.settings.sample_every == 0 and not (last or stop.requested):
                     enough = self.sample(result.step, state.ema_params)
-                    if enough and not (due or stopping):
+                    if enough and not saving:
                         self._save(result, validate=True)
                     if enough:
                         break
-                if stopping:
+                if stop.requested:
+                    if not saving:
+                        self._save(result, validate=False)
                     self.checkpoints.wait()
                     raise InterruptedRun(
                         f"stopped and saved at step {result.step} of {self.settings.train_steps}; "
                         "run the same command again to go on"
                     )
-        self.checkpoints.wait()
+            self.checkpoints.wait()
+            if stop.requested:  # while the last checkpoint was written
+                raise InterruptedRun("trained to the end and saved; run the same command again for what follows")
         return state
 
     def _with_figures(self, results: Iterator[StepResult], bar: tqdm) -> Iterator[tuple[StepResult, dict[str, float]]]:
@@ -128,17 +129,22 @@ class TrainingLoop:
     def _require_finite(self, step: int, figures: dict[str, float]) -> None:
         """Raise InputError, naming the step and the last good checkpoint, unless all figures are finite."""
         if not all(map(math.isfinite, figures.values())):
-            good = self.checkpoints.steps()
-            raise InputError(
-                f"training diverged at step {step}: {', '.join(f'{name} {value}' for name, value in figures.items())}. "
-                + (f"The last good checkpoint is step {good[-1]}. " if good else "Nothing was saved. ")
-                + "Try a lower --learning-rate or --clip-norm"
-            )
+            raise self._diverged(step, ", ".join(f"{name} {value}" for name, value in figures.items()))
+
+    def _diverged(self, step: int, what: str) -> InputError:
+        good = self.checkpoints.steps()
+        return InputError(
+            f"training diverged at step {step}: {what}. "
+            + (f"The last good checkpoint is step {good[-1]}. " if good else "Nothing was saved. ")
+            + "Try a lower --learning-rate or --clip-norm"
+        )
 
     def _save(self, result: StepResult, validate: bool) -> None:
-        """Save a state whose numbers are finite, with its validation loss where one is due."""
+        """Save a state whose numbers are all finite, with its validation loss where one is due."""
         self._read(result.step, result.metrics)
-        self._require_finite(result.step, {"largest parameter": float(_largest(result.state.params))})
+        # Loss and gradient are those before the update, which may itself have gone too far.
+        if leaf := find_not_finite(result.state):
+            raise self._diverged(result.step, f"{leaf} is not finite")
         loss = None
         if validate and self.validate is not None:
             figures = {name: float(value) for name, value in self.validate(result.state.ema_params).items()}
@@ -146,9 +152,3 @@ class TrainingLoop:
             self.log.write(result.step, figures)
             loss = figures["validation_loss"]
         self.checkpoints.save(result.step, result.state, loss)
-
-
-@jax.jit
-def _largest(params: Any) -> jax.Array:
-    """Return the largest magnitude of all parameters; one that is not finite comes through."""
-    return jnp.stack([jnp.abs(leaf).max().astype(jnp.float32) for leaf in jax.tree.leaves(params)]).max()

@@ -147,6 +147,23 @@ def image_keys_at(key: PRNGKey, step: jax.Array, batch_size: int) -> ImageKeys:
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(batch_size))
 
 
+def find_not_finite(state: Any) -> str | None:
+    """Return the name of a leaf that holds NaN or infinity, or None where all numbers are finite."""
+    numbers = [
+        (path, _is_finite(leaf))
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, finite in numbers if not finite)
+    return next(names, None)
+
+
+@jax.jit
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    # Leaf by leaf, because one program over all leaves of a large model takes seconds to compile.
+    return jnp.all(jnp.isfinite(leaf))
+
+
 def fit(
     state: TrainState,
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
