@@ -106,7 +106,7 @@ def test_everything_that_it_writes_is_listed_and_the_figures_are_finite(finished
     assert answer.code == 0, answer.err
     out = tmp_path / "new" / "out"
     names = {f"{kind}_{domain}.png" for kind in ("grid", "reverse") for domain in DOMAINS}
-    names |= {f"samples/{domain}" for domain in DOMAINS} | {"results.json", "report.html"}
+    names |= {f"samples/{domain}" for domain in DOMAINS} | {"shards", "results.json", "report.html"}
     assert {str(path.relative_to(out)) for path in answer.written} == names
     assert all(path.exists() for path in answer.written)
     assert {str(path) for path in delivered(out)} == {f"samples/{d}/{k}_001.png" for d in DOMAINS for k in range(10)}
