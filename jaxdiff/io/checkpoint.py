@@ -53,6 +53,7 @@ class Checkpoints:
         self.read_only = read_only
         self._keep_last = keep_last
         self._saving: int | None = None
+        self._failed: int | None = None
         self._damaged: set[int] = set()
         _quieten_orbax()
         if not read_only:
@@ -139,6 +140,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax raises many types for a full or broken disk
+            self._failed = step
             self._clear_unfinished()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             # TensorStore ends a paragraph on its internals with the system's own words.
@@ -147,9 +149,14 @@ class Checkpoints:
             raise OSError(f"{self.directory}: checkpoint {step} cannot be written ({reason})") from error
 
     def close(self) -> None:
-        """Finish the write in progress and release the folder."""
+        """Finish the write in progress and release the folder.
+
+        Raises:
+          OSError: as `wait`; Orbax tells here once more of a write whose error it has told.
+        """
         self.wait()
-        self._manager.close()
+        with self._blaming(self._failed):
+            self._manager.close()
 
     def restore(self, like: Any, step: int | None = None, cast: bool = False) -> tuple[Any, int] | None:
         """Return the newest good state and its step, or None where nothing was ever saved.
