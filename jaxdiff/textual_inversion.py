@@ -1,5 +1,6 @@
 """Teach Stable Diffusion new words from a few pictures each, by textual inversion.
 
+    python -m jaxdiff.textual_inversion     # nothing to download: a small model of digits, and one that it cannot name
     python -m jaxdiff.textual_inversion --model DIR --concept "<new1>:DIR:dog" "<new2>:DIR:painting:style"
 
 Writes into --out: learned_embeds.safetensors, which text2image and diffusers read, grids of pictures along the way,
@@ -25,8 +26,8 @@ class Config:
 
     concept: tuple[str, ...] = ()
     """What to learn, <word>:FOLDER:initialiser or, for a style, <word>:FOLDER:initialiser:style; several at once. None
-    means, with --model tiny-world, the digit that it has no name for."""
-    model: LatentModelSettings = field(default_factory=LatentModelSettings)
+    means the digit that tiny-world, the model unless another is given, has no name for."""
+    model: LatentModelSettings = field(default_factory=lambda: LatentModelSettings(model="tiny-world"))
     training: InversionSettings = field(default_factory=InversionSettings)
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with the run in --out; never deletes what it left there and starts over."""

@@ -13,8 +13,9 @@ from sklearn.datasets import load_sample_images
 
 from jaxdiff import text2image, textual_inversion
 from jaxdiff.io.adapters import read_adapter
+from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.learned_embeddings import read_learned
-from jaxdiff.recipes import inversion_training, loop, training
+from jaxdiff.recipes import inversion_training, loop, text_to_image_model, tiny_world, training
 from jaxdiff.recipes.custom_diffusion import text_matrices
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny
@@ -191,21 +192,15 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
     same = (*concepts(folders), *SMALL, f"--templates={tmp_path / 'texts'}")
     assert learn(*same, f"--out={tmp_path / 'whole'}").code == 0
 
-    class StopAtThree:
+    class StopAtThree(StopRequest):
         """Ask to stop as Ctrl-C in the third step does."""
 
-        times = 0
+        steps = 0
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        @property
-        def requested(self) -> bool:
-            self.times += 1
-            return self.times >= 3
+        def protect(self):
+            super().protect()
+            self.steps += 1
+            self.requested = self.steps >= 3
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", StopAtThree)
@@ -234,6 +229,19 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
     other = learn(*same, f"--out={tmp_path / 'parts'}")
     assert other.code == 2
     assert others in other.sentence
+
+
+def test_without_flags_a_digit_is_learned_that_the_tiny_world_cannot_name(tmp_path, monkeypatch):
+    def barely_trained(cache, mesh):
+        return tiny_world.tiny_world_folder(tmp_path / "cache", mesh, 2, 2, 2)
+
+    for module in (inversion_training, text_to_image_model):
+        monkeypatch.setattr(module, "tiny_world_folder", barely_trained)
+    quick = ("--train-steps=2", "--batch-size=8", "--sample-images=1", "--sample-steps=2")
+    answer = learn(*quick, f"--out={tmp_path / 'out'}")
+    assert answer.code == 0, answer.err
+    assert "<new1>: 5 pictures, learned as an object from 'digit'" in answer.out
+    assert set(read_learned(tmp_path / "out" / "learned_embeds.safetensors")) == {"<new1>"}
 
 
 @pytest.mark.parametrize(

@@ -267,15 +267,15 @@ def curve_of():
 
     def curve(*shape):
         mesh = make_mesh(*shape)
-        state = create_state(params, optimizer, jax.random.key(7), mesh)
-        step = make_train_step(loss_fn, optimizer, mesh, 0.9)
-        results = list(fit(state, step, batches(data, 0, 8), CURVE, mesh))
+        with pytest.MonkeyPatch.context() as patch:
+            # The network is small, so that only few arrays of it are large.
+            patch.setattr("jaxdiff.mesh.LARGE", 64)
+            state = create_state(params, optimizer, jax.random.key(7), mesh)
+            step = make_train_step(loss_fn, optimizer, mesh, 0.9)
+            results = list(fit(state, step, batches(data, 0, 8), CURVE, mesh))
         return [float(result.metrics["loss"]) for result in results], state, results[-1].state
 
-    with pytest.MonkeyPatch.context() as patch:
-        # The network is small, so that only few arrays of it are large.
-        patch.setattr("jaxdiff.mesh.LARGE", 64)
-        yield functools.cache(curve)
+    return functools.cache(curve)
 
 
 @pytest.mark.parametrize("shape", MESHES)
