@@ -1,8 +1,7 @@
 """Stable Diffusion beside diffusers' PyTorch: one evaluation of the full-size UNet, and a tiny pipeline end to end.
 
 Both sides read the same files, written once with random weights, and their outputs are compared first. On a CPU both
-compute in float32; where JAX has an accelerator, jaxdiff alone is measured, in bfloat16, against the matrix product
-peak of the same run.
+compute in float32; where JAX has an accelerator, benchmark_sd_accelerator.py takes over.
 """
 
 import re
@@ -13,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import Settings, Task, bfloat16_peak, measure, seconds_of
+from benchmark_sd_accelerator import on_accelerator
+from measuring import Settings, Task, measure
 
-UNET_TFLOP = 0.8033
-"""Operations of one evaluation of Stable Diffusion 1's UNet at 64x64 latents, as PyTorch's counter has them."""
-IMAGE_TFLOP = 50 * 2 * UNET_TFLOP + 2.5145
-"""Of one picture of 512x512 pixels: 50 guided steps and the decoder."""
 TINY = {
     "block_out_channels": (64, 128),
     "layers_per_block": 1,
@@ -42,6 +38,10 @@ class Diffusion(Settings):
     """Pictures that the tiny pipeline draws at once."""
     full: bool = True
     """Also time the full-size UNet, which takes 10 GB of memory."""
+    batches: tuple[int, ...] = (1, 4, 16, 32)
+    """Pictures that are drawn at once, on an accelerator."""
+    twin: bool = True
+    """Also time PyTorch there, eager and compiled."""
 
 
 def compare(config: Diffusion) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def compare(config: Diffusion) -> dict[str, Any]:
     import jax
 
     if jax.default_backend() != "cpu":
-        return on_accelerator(config)
+        return on_accelerator(config.batches, config.repeats, config.twin)
     with tempfile.TemporaryDirectory() as folder:
         results = compare_pipeline(config, Path(folder))
     if config.full:
@@ -202,72 +202,6 @@ def report(name: str, rates: dict[str, float]) -> dict[str, Any]:
         print(f"  {side:20s} {rate:8.3f} a second   jaxdiff is {rates['jaxdiff'] / rate:.2f} times as fast")
     results = {f"{name}.per_second.{side}": rate for side, rate in rates.items()}
     return results | {f"{name}.ratio_to_eager": rates["jaxdiff"] / eager}
-
-
-def on_accelerator(config: Diffusion) -> dict[str, Any]:
-    """Time 50 guided steps at 512x512 in bfloat16, decoder included, at growing batches, as a share of the peak."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxdiff.diffusion.samplers import image_keys, starting_noise
-    from jaxdiff.mesh import make_mesh
-    from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-    from jaxdiff.models.clip import CLIPText
-    from jaxdiff.models.clip_config import CLIPTextConfig
-    from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
-    from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
-    from jaxdiff.recipes.stable_diffusion import (
-        StableDiffusion,
-        choose_attention,
-        decode_latents,
-        make_latent_sampler,
-        make_process,
-    )
-
-    half = jnp.bfloat16
-    unet, vae = ConditionalUNet(ConditionalUNetConfig(), half), Autoencoder(AutoencoderConfig(), half)
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    diffusion = ForwardProcess("scaled_linear", 1000, 0.00085, 0.012)
-    defaults = SamplingDefaults("leading", 1, 0, False)
-    model, chosen = choose_attention(
-        StableDiffusion(CLIPText(text, dtype=half), unet, vae, diffusion, defaults, "ddim")
-    )
-    print(chosen)
-    shapes = {
-        "unet": jax.eval_shape(
-            unet.init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 1, 768))
-        ),
-        "vae": jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))),
-    }
-    # Small normal numbers, so that nothing overflows; speed does not depend on them.
-    draw = jax.jit(
-        lambda: jax.tree.map(lambda leaf: 0.02 * jax.random.normal(jax.random.key(0), leaf.shape, half), shapes)
-    )
-    params = {part: tree["params"] for part, tree in draw().items()}
-    peak, mesh = bfloat16_peak(), make_mesh(1)
-    results: dict[str, Any] = {"peak_tflops": peak / 1e12}
-    sampler = make_latent_sampler(model, make_process(model, None, 50), 7.5, mesh)
-    decode = jax.jit(lambda params, latents: decode_latents(model, params, latents))
-    nothing = jnp.zeros((1, 77, 768), half)
-    for batch in (1, 4, 16, 32):
-        keys = image_keys(jax.random.key(0), jnp.arange(batch))
-        context = jnp.ones((batch, 77, 768), half)
-
-        def sample(batch=batch, keys=keys, context=context):
-            return sampler(params["unet"], starting_noise(keys, (64, 64, 4)), keys, context, nothing).latents
-
-        steps = 50 / seconds_of(sample, config.repeats)
-        rate = batch / seconds_of(lambda sample=sample: decode(params, sample()), config.repeats)
-        share = rate * IMAGE_TFLOP * 1e12 / peak
-        results |= {
-            f"guided_steps_per_second.{batch}": steps,
-            f"images_per_second.{batch}": rate,
-            f"share_of_peak.{batch}": share,
-        }
-        print(
-            f"batch {batch}: {steps:.1f} guided steps/s, {rate:.2f} images/s with the decoder, {share:.0%} of the peak"
-        )
-    return results
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ def test_bfloat16_convolution_sums_its_gradient_in_float32():
     np.testing.assert_allclose(low, full, rtol=0.01)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def way(request, monkeypatch):
+    """As norms are computed on either kind of device; here a CPU does both."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("groups", [1, 4, 16])
 def test_group_norm_as_in_flax(groups, activation):
@@ -84,6 +91,7 @@ def test_group_norm_as_in_flax(groups, activation):
         np.testing.assert_allclose(a, b, atol=20 * FLOAT32_ATOL, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_group_norm_of_a_constant_is_its_bias():
     # The variance, a difference of two equal numbers, must not round to below zero.
     net = GroupNorm(4)
@@ -93,6 +101,7 @@ def test_group_norm_of_a_constant_is_its_bias():
     np.testing.assert_allclose(out, jnp.broadcast_to(jnp.arange(16.0), out.shape), atol=0.1)
 
 
+@pytest.mark.usefixtures("way")
 def test_group_norm_keeps_float32_statistics_in_bfloat16():
     x = (100 + X).astype(jnp.bfloat16)
     params = {"scale": jnp.ones(16), "bias": jnp.zeros(16)}

@@ -52,6 +52,9 @@ def attend(
 ) -> Float[Array, "B L n d"]:
     """Return equation (1) for every head; scores and softmax are float32 whatever the inputs."""
     batch, length, heads, _ = query.shape
+    if kernel == "cudnn" and key.shape[1] % 2:
+        # Of an odd number of keys, such as the 77 tokens of a text, jax's cuDNN attention has no gradient.
+        kernel = "xla"
     row_bytes = 4 * key.shape[1]
     small = batch * heads * length * row_bytes <= SLICE_BYTES
     if kernel == "cudnn" or small or jax.default_backend() != "cpu":
