@@ -20,6 +20,7 @@ from jaxdiff import processes
 from jaxdiff.errors import InputError, InterruptedRun
 from jaxdiff.io.cache import keep_compiled
 from jaxdiff.io.interruption import INTERRUPTED, obey_signals
+from jaxdiff.io.provenance import forget_weights
 
 ConfigType = TypeVar("ConfigType")
 INTERRUPTED_SENTENCE = "interrupted; run the same command again to go on"
@@ -46,6 +47,7 @@ def run_command(
     """
     command = f"{program} {name}"
     try:
+        forget_weights()
         keep_freed_memory()
         keep_compiled()
         config = parse(command, config_class, sys.argv[1:] if args is None else args)

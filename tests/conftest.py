@@ -1,6 +1,8 @@
 """Shared test settings: eight CPU devices, strict ranks, and the tolerances with their reasons."""
 
+import fcntl
 import functools
+import json
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -8,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-from commands import TINY_RUN, finish, start
+from commands import TINY_RUN, Answer, finish, start
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,10 +26,17 @@ def unchecked(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def quick_settings(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """A folder of this test run that all of pytest-xdist's processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def quick_settings(shared_folder):
     """Settings of jax for tests of whole commands, which compile the same few programs again and again."""
     return {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(shared_folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
         "jax_disable_most_optimizations": True,
@@ -67,11 +76,16 @@ def quick_commands(quick_settings, drawn_digits):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, quick_settings):
+def finished_run(shared_folder, quick_settings):
     """Train the tiny run in a process of its own; return its folder, which no test may change, and its answer."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
+    folder, kept = shared_folder / "finished", shared_folder / "finished.json"
     environment = {name.upper(): str(value) for name, value in quick_settings.items()}
-    return folder, finish(start("jaxdiff.train_cfg", *TINY_RUN, f"--out={folder}", environment=environment))
+    with (shared_folder / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            answer = finish(start("jaxdiff.train_cfg", *TINY_RUN, f"--out={folder}", environment=environment))
+            kept.write_text(json.dumps(answer))
+    return folder, Answer(*json.loads(kept.read_text()))
 
 
 FLOAT32_ATOL = 1e-5

@@ -1,5 +1,6 @@
 """`python -m jaxdiff.text2image` as a user runs it, with the model made on the spot and with folders of diffusers."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import finish, run_here, start, start_several
+from conftest import FLOAT32_ATOL
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -91,7 +93,12 @@ def test_learned_words_of_a_file_reach_the_picture(tmp_path):
     for name, flags in (("with", [words]), ("without", [])):
         answer = draw(*SMALL, "--prompt", "a photo of <w>", *flags, f"--out={tmp_path / name}")
         assert answer.code == 0, answer.err
-    assert json.loads((tmp_path / "with" / "results.json").read_text())["config"]["embeddings"] == [words.split("=")[1]]
+    record, plain = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("with", "without"))
+    assert record["config"]["embeddings"] == [words.split("=")[1]]
+    # The record tells which bytes were read, of this command alone.
+    digest = hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest()
+    assert record["hashes"][str(tmp_path / "w.safetensors")] == digest
+    assert plain["hashes"].keys() == {"params"}
     assert np.abs(pixels(tmp_path / "with", 0, 0).astype(int) - pixels(tmp_path / "without", 0, 0)).max() > 0
 
 
@@ -105,6 +112,16 @@ def test_a_picture_depends_on_seed_prompt_and_number_alone(tmp_path):
         difference = pixels(tmp_path / "a", 0, number).astype(int) - pixels(tmp_path / "b", 0, number)
         assert np.abs(difference).max() <= 1
     assert np.abs(pixels(tmp_path / "a", 0, 0).astype(int) - pixels(tmp_path / "a", 0, 1)).max() > 10
+
+
+def test_the_record_holds_the_digest_of_every_weight_file(folder, tmp_path):
+    answer = draw(f"--model={folder}", *SMALL, "--prompt=a", f"--out={tmp_path}")
+    assert answer.code == 0, answer.err
+    hashes = json.loads((tmp_path / "results.json").read_text())["hashes"]
+    weights = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".msgpack")]
+    assert len(weights) == 3
+    assert hashes.keys() - {"params"} == {str(path) for path in weights}
+    assert all(hashes[str(path)] == hashlib.sha256(path.read_bytes()).hexdigest() for path in weights)
 
 
 def test_a_single_file_becomes_a_folder_that_draws_the_same(tmp_path):
@@ -167,7 +184,7 @@ def test_long_prompts_are_encoded_in_pieces_of_75_tokens(folder):
     text = word * 11
     pieces = [[begin, *text[:75], end], [begin, *text[75:], end, *[end] * 40]]
     expected = encode_texts(drawing.model, drawing.params, jax.numpy.asarray(pieces))
-    np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=0, atol=FLOAT32_ATOL)
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,8 @@ def test_a_file_that_may_not_be_read_is_no_damage(saved, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return digest(path)
 
-    digest = checkpoint._digest
-    monkeypatch.setattr(checkpoint, "_digest", refuse)
+    digest = checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", refuse)
     with pytest.raises(InputError, match=f"{victim}: Permission denied; give yourself the right to read it"):
         Checkpoints(saved)
     assert (saved / "5").is_dir()

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.learned_embeddings import Learned
+from jaxdiff.io.provenance import note_weights
 from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "jaxdiff.adapter", "1"
@@ -68,6 +69,7 @@ def read_adapter(path: Path) -> Adapter:
     path = path.expanduser()
     if not path.is_file():
         raise InputError(f"--adapters {path}: no such file")
+    note_weights(path)
     file = read_safetensors(path)
     about = getattr(file, "metadata", {})
     if about.get("format") != FORMAT or not about.get("base"):

@@ -8,7 +8,6 @@ This is the only module that knows Orbax.
 
 import asyncio
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.provenance import file_sha256
 from jaxdiff.processes import barrier, is_leader
 
 DIGESTS = "digests.json"
@@ -274,7 +274,7 @@ def _quieten_orbax() -> None:
 
 def write_digests(folder: Path) -> None:
     """Write `digests.json`: the SHA-256 of every file below `folder`; its presence seals the checkpoint."""
-    digests = {name: _digest(folder / name) for name in sorted(_files(folder))}
+    digests = {name: file_sha256(folder / name) for name in sorted(_files(folder))}
     with (folder / DIGESTS).open("w") as file:
         file.write(json.dumps(digests, indent=1))
         file.flush()
@@ -290,7 +290,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         expected = json.loads((folder / DIGESTS).read_text())
         for name, digest in expected.items():
-            if _digest(folder / name) != digest:
+            if file_sha256(folder / name) != digest:
                 return f"{name} has changed since it was written"
     except PermissionError as error:
         raise InputError(f"{error.filename}: {error.strerror}; give yourself the right to read it") from error
@@ -306,11 +306,6 @@ def find_damage(folder: Path) -> str | None:
 def _files(folder: Path) -> set[str]:
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {str(path) for path in paths} - {DIGESTS}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_writable(directory: Path) -> None:

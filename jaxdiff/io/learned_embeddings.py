@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.provenance import note_weights
 from jaxdiff.io.torch_files import read_torch
 from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
 
@@ -29,6 +30,7 @@ def read_learned(path: Path) -> Learned:
     path = path.expanduser()
     if not path.is_file():
         raise InputError(f"--embeddings {path}: no such file")
+    note_weights(path)
     tensors: Any
     if path.suffix == ".safetensors":
         tensors = dict(read_safetensors(path))

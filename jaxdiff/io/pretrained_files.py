@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch
 from jaxdiff.io.msgpack_files import read_msgpack
+from jaxdiff.io.provenance import note_weights
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.torch_files import read_state_dict
 from jaxdiff.io.torch_layout import as_float32, as_type, from_torch, to_torch
@@ -91,6 +92,7 @@ def read_leaves(
         raise InputError(f"{name}: holds no weights; looked for {', '.join(names)}")
     if variant is None and any(f".{word}." in path.name for word in VARIANTS):
         print(f"{name}: has no plain weights, so {path.name} is read")
+    note_weights(path)
     if path.suffix == ".msgpack":
         return check_leaves(str(path), flatten_params(read_msgpack(path)), expected, ignored, dtype)
     tensors: Mapping[str, np.ndarray]
@@ -100,6 +102,8 @@ def read_leaves(
         if path.suffix == ".json":
             fetch_shards(fetch, path)
         tensors = read_safetensors(path)
+        for shard in getattr(tensors, "files", []):
+            note_weights(shard)
         if getattr(tensors, "metadata", {}).get("format") == "flax":
             return check_leaves(str(path), tensors, expected, ignored, dtype)
     if any(key.startswith(prefix) for key in tensors):

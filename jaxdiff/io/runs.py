@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.metrics import METRICS
-from jaxdiff.io.provenance import command_line, versions
+from jaxdiff.io.provenance import command_line, versions, weight_files
 from jaxdiff.io.run_lock import hold_folder
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.processes import is_leader
@@ -242,8 +242,12 @@ def write_results(
     hashes: Mapping[str, str],
     device: str,
 ) -> Path:
-    """Write results.json: the figures under their plain names, then config, versions, hashes and command line."""
+    """Write results.json: the figures under their plain names, then config, versions, hashes and command line.
+
+    Beside the hashes given stand those of all files that the command read weights from.
+    """
     path = folder / RESULTS
+    hashes = {**hashes, **weight_files()}
     about = {"config": config, "versions": versions(device), "hashes": hashes, "command": command_line()}
     write_json(path, {**figures, **about})
     return path

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.provenance import note_weights
 from jaxdiff.io.strict_json import parse_json, read_strict_json
 
 MAX_NAMED = 8
@@ -221,6 +222,7 @@ def load_params(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       InputError: tensors are missing, not expected, of another shape or dtype, or not finite; the message names them.
     """
+    note_weights(path)
     tensors = read_safetensors(path)
     wanted = {name: spec_of(leaf) for name, leaf in flatten_params(expected).items()}
     check_specs(str(path), tensors.specs, wanted)
