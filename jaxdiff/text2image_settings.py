@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxdiff.settings import SamplerName, Spacing, require, require_at_least
+from jaxdiff.settings import SamplerName, Spacing, as_flag, require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,18 @@ class LatentModelSettings:
     embeddings: tuple[Path, ...] = ()
     """Files of learned words (textual inversion), .safetensors, .bin or .pt."""
     adapters: tuple[Path, ...] = ()
-    """Files of learned words and matrices (Custom Diffusion), made by textual_inversion; several are merged."""
+    """Files of learned words and matrices, made by textual_inversion; matrices for all tokens (Custom Diffusion) of
+    several are merged, those for the tokens of a word (ConceptSplit) need not be."""
     captions: Path | None = None
     """Text file of captions, one a line, that merging leaves as they are (arXiv 2212.04488); None means built-in ones.
     Only with two --adapters or more."""
+    adjust: tuple[str, ...] = ()
+    """WORD:CLASS, such as "<new1>:dog": draw with the learned word turned towards its class and of a class's length, so
+    that it leaves room for the rest of a prompt (test-time embedding adjustment, arXiv 2506.22685)."""
+    adjust_angle: float | None = None
+    """Share of the angle that words turn, 0 for none and 1 for all of it; None means 0.2. Only with --adjust."""
+    adjust_norm: float | None = None
+    """Length of the turned words, in lengths of their class; None means 1. Only with --adjust."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of text encoder and UNet; None means bfloat16 on an accelerator and float32 on a CPU."""
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -35,6 +43,18 @@ class LatentModelSettings:
             self.revision is None or self.model not in ("tiny", "tiny-world"),
             f"--revision has no effect with --model {self.model}: drop it",
         )
+        for text in self.adjust:
+            require(all(text.rpartition(":")[::2]), f'--adjust must be WORD:CLASS, such as "<new1>:dog", got {text!r}')
+        words = [text.rsplit(":", 1)[0] for text in self.adjust]
+        require(len(set(words)) == len(words), "--adjust: one word is given twice")
+        for name in ("adjust_angle", "adjust_norm"):
+            require(
+                bool(self.adjust) or getattr(self, name) is None,
+                f"{as_flag(name)} has no effect without --adjust: add it, or drop {as_flag(name)}",
+            )
+        angle, norm = self.adjust_angle, self.adjust_norm
+        require(angle is None or 0 <= angle <= 1, f"--adjust-angle must lie in [0, 1], got {angle}")
+        require(norm is None or 0 < norm < math.inf, f"--adjust-norm must be positive and finite, got {norm}")
         require(
             self.captions is None or len(self.adapters) > 1,
             "--captions has no effect without two --adapters to merge: drop it",

@@ -43,8 +43,8 @@ class Config:
         own = self.model.model == "tiny-world"
         require(bool(self.concept) or own, '--concept must say what to learn, such as "<new1>:FOLDER:dog"')
         require(
-            not self.model.adapters or self.training.kv_learning_rate is None,
-            "--kv-learning-rate learns an adapter of the model itself: drop --adapters",
+            not self.model.adapters or self.training.matrices_learning_rate is None,
+            "an adapter that is learned is one of the model itself: drop --adapters",
         )
         words = [text.split(":")[0] for text in self.concept]
         require(len(set(words)) == len(words), "--concept: a word stands for two concepts")

@@ -47,8 +47,12 @@ class InversionSettings(OptimizationSettings):
     kv_learning_rate: float | None = None
     """Learn the UNet's keys and values of the text too (Custom Diffusion, arXiv 2212.04488), at this peak rate, the
     paper's being 1e-5 for each picture of a batch; None means words alone."""
+    value_learning_rate: float | None = None
+    """Learn, for each word, what is added to the values of its own tokens (ConceptSplit, arXiv 2510.04668), at this
+    peak rate, and nothing else: the word itself stays its initialiser. None means that the word is learned."""
     adapter_rank: int | None = None
-    """Keep the learned matrices at this rank, in a smaller file; None means whole. Only with --kv-learning-rate."""
+    """Keep the learned matrices at this rank, in a smaller file; None means whole. Only with --kv-learning-rate or
+    --value-learning-rate."""
     prior: tuple[str, ...] = ()
     """Class pictures, FOLDER:TEXT, such as "pictures/dogs:a photo of a dog"; half of each batch, so that the class is
     not forgotten (arXiv 2208.12242)."""
@@ -95,13 +99,22 @@ class InversionSettings(OptimizationSettings):
                 not self.fixed_norm or getattr(self, name) == getattr(type(self), name),
                 f"{as_flag(name)} has no effect with --fixed-norm, where every gradient is one long: drop it",
             )
-        needs = {"adapter_rank": "kv_learning_rate", "prior_weight": "prior", "patience": "score_model"}
+        for name in ("kv_learning_rate", "fixed_norm", "learning_rate"):
+            require(
+                self.value_learning_rate is None or getattr(self, name) == getattr(type(self), name),
+                f"{as_flag(name)} has no effect with --value-learning-rate, where words stay as they are: drop it",
+            )
+        require(
+            self.adapter_rank is None or self.matrices_learning_rate is not None,
+            "--adapter-rank has no effect without --kv-learning-rate or --value-learning-rate: add one, or drop it",
+        )
+        needs = {"prior_weight": "prior", "patience": "score_model"}
         for name, needed in needs.items():
             require(
                 getattr(self, name) is None or getattr(self, needed) not in (None, ()),
                 f"{as_flag(name)} has no effect without {as_flag(needed)}: add it, or drop {as_flag(name)}",
             )
-        for name in ("kv_learning_rate", "prior_weight"):
+        for name in ("kv_learning_rate", "value_learning_rate", "prior_weight"):
             value = 1.0 if getattr(self, name) is None else getattr(self, name)
             require(0 < value < math.inf, f"{as_flag(name)} must be positive and finite, got {value}")
         for name in ("adapter_rank", "patience"):
@@ -111,6 +124,11 @@ class InversionSettings(OptimizationSettings):
             f"--prior fills every second place of a batch: --batch-size must be even, got {self.batch_size}",
         )
         _ = self.pictures  # refuses what cannot be drawn
+
+    @property
+    def matrices_learning_rate(self) -> float | None:
+        """Peak rate of what is learned beside words; None where nothing is."""
+        return self.kv_learning_rate if self.value_learning_rate is None else self.value_learning_rate
 
     @property
     def pictures(self) -> PictureSettings:

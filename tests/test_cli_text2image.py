@@ -253,6 +253,11 @@ def edit(path, **changes):
         (("--prompt=a", "--embeddings=known.safetensors"), "a</w> stands for something already"),
         (("--prompt=a", "--embeddings", "wide.safetensors", "again.safetensors"), "<w> is in another"),
         (("--prompt=" + "photo " * 80,), "'photo photo photo photo photo ' would be lost"),
+        (("--prompt=a", "--adjust=<w>"), '--adjust must be WORD:CLASS, such as "<new1>:dog"'),
+        (("--prompt=a", "--adjust", "<w>:a", "<w>:b"), "--adjust: one word is given twice"),
+        (("--prompt=a", "--adjust-norm=2"), "--adjust-norm has no effect without --adjust"),
+        (("--prompt=a", "--adjust=<w>:a", "--adjust-angle=2"), "--adjust-angle must lie in [0, 1], got 2.0"),
+        (("--prompt=a", "--adjust=<w>:a"), "<w> is no word of --embeddings or --adapters, of which none was given"),
         (("--prompt=a", "--dtype=float64"), "invalid choice 'float64'"),
     ],
 )  # fmt: skip

@@ -143,6 +143,33 @@ def test_keys_and_values_are_learned_beside_class_pictures_and_masks(folders, tm
     assert np.abs(pictures["adapter"] - pictures["words"]).max() > 0
 
 
+def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
+    flags = ("--value-learning-rate=0.01", "--adapter-rank=4", f"--out={tmp_path / 'a'}")
+    answer = learn(*concepts(folders), *SMALL, *flags)
+    assert answer.code == 0, answer.err
+    assert "pytorch_custom_diffusion_weights.safetensors" not in {path.name for path in answer.written}
+    adapter = read_adapter(tmp_path / "a" / "adapter.safetensors")
+    table = np.asarray(get_leaf(make_tiny("float32", "float32")[1], TABLE))
+    assert adapter.words.keys() == {"<new1>", "<new2>"}
+    # The words are their initialisers, bit for bit.
+    assert all((table == row).all(axis=1).any() for rows in adapter.words.values() for row in rows)
+    values = [name for name in text_matrices(make_tiny("float32", "float32")[1]) if "to_v" in name]
+    assert adapter.deltas.keys() == {f"{word}@{name}" for word in adapter.words for name in values}
+    assert all(np.abs(delta).max() > 1e-4 for delta in adapter.deltas.values())
+
+    drawn = {}
+    words = f"--embeddings={tmp_path / 'a' / 'learned_embeds.safetensors'}"
+    values = f"--adapters={tmp_path / 'a' / 'adapter.safetensors'}"
+    for name, flags in (("values", [values]), ("words", [words]), ("turned", [words, "--adjust=<new1>:photo"])):
+        args = ["--prompt=a photo of <new1>", "--num-steps=2", "--height=16", "--width=16", *flags]
+        answer = run_here(text2image.main, *args, f"--out={tmp_path / 'drawn'}")
+        assert answer.code == 0, answer.err
+        # Drawn anew, into the same folder.
+        assert "are there already" not in answer.out
+        drawn[name] = (tmp_path / "drawn" / "000_000.png").read_bytes()
+    assert len(set(drawn.values())) == 3
+
+
 def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, monkeypatch):
     scores = iter([50.0, 60.0, 60.0])
     monkeypatch.setattr(inversion_training, "make_image_score", lambda *_: lambda pictures: next(scores))
@@ -266,6 +293,12 @@ def test_without_flags_a_digit_is_learned_that_the_tiny_world_cannot_name(tmp_pa
         (("--concept=<a>:thing:digit", "--mask=<a>:nowhere"), "nowhere: no such folder"),
         (("--concept=<a>:thing:digit", "--mask=<a>:empty"), "must hold one mask named 0, holds 0"),
         (("--concept=<a>:thing:digit", "--kv-learning-rate=1", "--adapters=x"), "drop --adapters"),
+        (("--concept=<a>:thing:digit", "--value-learning-rate=1", "--adapters=x"), "drop --adapters"),
+        (("--concept=<a>:thing:digit", "--value-learning-rate=0"), "--value-learning-rate must be positive"),
+        (
+            ("--concept=<a>:thing:digit", "--value-learning-rate=1", "--learning-rate=1"),
+            "--learning-rate has no effect with --value-learning-rate",
+        ),
         (("--concept=<a>:thing:digit", "--captions=x"), "--captions has no effect without two --adapters"),
         (("--concept=<a>:thing:digit", "--size=21"), "must be a multiple of 4 pixels, got 21"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),

@@ -14,8 +14,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Noise = Float[Array, "H W C"]
-Between = Float[Array, "A H W C"]
+Noise = Float[Array, "*shape"]
+Between = Float[Array, "A *shape"]
 Alphas = Float[Array, "A"]
 
 
@@ -49,4 +49,5 @@ def expected_norm(size: int) -> float:
 
 
 def _mix(of_x: Alphas, x: Noise, of_y: Alphas, y: Noise) -> Between:
-    return of_x[:, None, None, None] * x[None] + of_y[:, None, None, None] * y[None]
+    of_x, of_y = (jnp.expand_dims(weights, tuple(range(1, x.ndim + 1))) for weights in (of_x, of_y))
+    return of_x * x[None] + of_y * y[None]

@@ -5,6 +5,8 @@
     unet.NAME.left    the same as a product of two, (in, rank), ...
     unet.NAME.right   ... and (rank, out)
 
+A NAME is that of the matrix within the UNet; for the tokens of one word alone, `<new1>@` stands before it.
+
 The metadata give the format, its version, and the hash of the model that the adapter was learned with.
 """
 
@@ -21,9 +23,11 @@ from jaxdiff.io.provenance import note_weights
 from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "jaxdiff.adapter", "1"
+OF = "@"
+"""Stands between a word and the matrix that is for its tokens alone."""
 WORD, UNET, LEFT, RIGHT = "word.", "unet.", ".left", ".right"
 Deltas = Mapping[str, Float[np.ndarray, "_ _"]]
-"""By name within the UNet, what is added to a matrix."""
+"""By name within the UNet, what is added to a matrix; by word, `OF` and name, for the tokens of that word alone."""
 
 
 class Adapter(NamedTuple):

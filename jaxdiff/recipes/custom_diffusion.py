@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.adapters import Adapter, Deltas, read_adapter
+from jaxdiff.io.adapters import OF, Adapter, Deltas, read_adapter
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.weights import flatten_params, write_safetensors
@@ -32,16 +32,24 @@ Trained = Mapping[str, Float[Array | np.ndarray, "_ _"]]
 """Words with their vectors, and matrices of the UNet with what is added to them, by name."""
 
 
+KEY, VALUE = (f"{TEXT_ATTENTION}.{name}.kernel" for name in ("to_k", "to_v"))
+"""Ends of the names of W_K and W_V of equation (1)."""
+
+
 def text_matrices(params: Params) -> list[str]:
     """Return the names of W_K and W_V of equation (1) within the UNet, their parts joined with dots."""
-    ends = tuple(f"{TEXT_ATTENTION}.{name}.kernel" for name in ("to_k", "to_v"))
-    return sorted(name for name in flatten_params(params["unet"]) if name.endswith(ends))
+    return sorted(name for name in flatten_params(params["unet"]) if name.endswith((KEY, VALUE)))
 
 
 def zero_deltas(params: Params) -> dict[str, np.ndarray]:
     """Return the D of equation (1) that change nothing; `params` may be shapes."""
     flat = flatten_params(params["unet"])
     return {name: np.zeros(flat[name].shape, np.float32) for name in text_matrices(params)}
+
+
+def of_all(deltas: Trained | Deltas) -> dict[str, Any]:
+    """Return those of the matrices that are for all tokens; the rest belongs to `jaxdiff.recipes.value_adapters`."""
+    return {name: delta for name, delta in deltas.items() if OF not in name}
 
 
 def with_deltas(params: Params, deltas: Trained | Deltas) -> Params:
@@ -92,8 +100,12 @@ def read_adapters(paths: Sequence[Path], params: Params, vocab_size: int) -> lis
                 f"--adapters {path}: learned with the model of hash {adapter.base}, but this model's is {base}: "
                 "use the model that it was learned with"
             )
-        if strange := [name for name, delta in adapter.deltas.items() if shapes.get(name) != delta.shape]:
-            raise InputError(f"--adapters {path}: the UNet has no {strange[0]} of that shape; the file is damaged")
+        for name, delta in adapter.deltas.items():
+            *word, matrix = name.rsplit(OF, 1)
+            if shapes.get(matrix) != delta.shape:
+                raise InputError(f"--adapters {path}: the UNet has no {matrix} of that shape; the file is damaged")
+            if word and not (word[0] in adapter.words and matrix.endswith(VALUE)):
+                raise InputError(f"--adapters {path}: {name} is nothing that a word of its own may have; it is damaged")
         if twice := sorted(adapter.words.keys() & words_of(adapters).keys()):
             raise InputError(f"--adapters {path}: {twice[0]} is in another of them too")
         adapters.append(adapter)

@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.io.images import to_float
 from jaxdiff.mesh import round_up
-from jaxdiff.recipes.custom_diffusion import zero_deltas
-from jaxdiff.recipes.inversion_training import choose_optimizer
+from jaxdiff.recipes.inversion_training import choose_optimizer, first_deltas
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_model import drawing_programs, list_memory, read_shapes
 from jaxdiff.recipes.textual_inversion import PICTURES_AT_ONCE, InversionBatch, make_inversion_loss
@@ -35,9 +34,11 @@ def describe_memory(
     # What the rows are changes no shape, nor does how long the model's words are.
     rows = {word: np.ones((training.vectors_per_token, text.hidden_size), np.float32) for word in words}
     start, _, optimizer, _ = choose_optimizer(training, rows, np.ones((1, text.hidden_size)))
-    deltas = zero_deltas(params) if training.kv_learning_rate is not None else {}
+    deltas = first_deltas(params, words, training)
     longer = replace(text, vocab_size=get_leaf(params, TABLE).shape[0] + sum(map(len, rows.values())))
     learning = replace(model, text_encoder=model.text_encoder.clone(config=longer))
+    if training.value_learning_rate is not None:
+        learning = replace(learning, own_values=((0,),) * len(words))  # which tokens makes no difference
     loss_fn = make_inversion_loss(learning, list(rows), training.loss_weighting)
     latents = jax.ShapeDtypeStruct((training.batch_size, *latent_shape), jnp.float32)
     ids = jax.ShapeDtypeStruct((training.batch_size, text.max_position_embeddings), jnp.int32)

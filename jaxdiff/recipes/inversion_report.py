@@ -14,7 +14,7 @@ from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
-from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, split_trained, write_for_diffusers
+from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, of_all, split_trained, write_for_diffusers
 from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_report import shrink, strip
@@ -110,8 +110,10 @@ def figures_of(
 def write_adapters(
     out: Path, parts: InversionParts, rows: Learned, deltas: Deltas, training: InversionSettings
 ) -> list[Path]:
-    """Write words and matrices together, for text2image, and the matrices as diffusers reads them."""
+    """Write words and matrices together, for text2image, and matrices for all tokens as diffusers reads them."""
     write_adapter(out / ADAPTER, Adapter(parts.base, rows, deltas), training.adapter_rank)
+    if not of_all(deltas):
+        return [out / ADAPTER]
     write_for_diffusers(out / DIFFUSERS_FILE, parts.frozen, deltas)
     return [out / ADAPTER, out / DIFFUSERS_FILE]
 

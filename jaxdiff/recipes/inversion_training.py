@@ -40,6 +40,7 @@ from jaxdiff.recipes.textual_inversion import (
 from jaxdiff.recipes.timestep_bands import make_check
 from jaxdiff.recipes.tiny_world import PICTURES, TEXTS, UNKNOWN, tiny_world_folder
 from jaxdiff.recipes.training import Stream, TrainState, create_state, make_optimizer, make_train_step, stream_key
+from jaxdiff.recipes.value_adapters import give_values, zero_values
 from jaxdiff.text2image_settings import LatentModelSettings
 from jaxdiff.textual_inversion_settings import InversionSettings
 
@@ -131,14 +132,16 @@ def prepare_inversion(
     def learn(params: Params, tokenizer: Any) -> Learned:
         # New rows follow those of the tokens, where some tables have more.
         frozen.append(first_rows(params, tokenizer.vocab_size))
-        if training.kv_learning_rate is not None:
+        if training.matrices_learning_rate is not None:
             base.append(base_hash(params, tokenizer.vocab_size - known))
         first.append(initial_rows(params, tokenizer, concepts, training.vectors_per_token, training.mean_initializer))
         return first[0]
 
     drawing = prepare(model, training.pictures, mesh, learn)
+    deltas = first_deltas(frozen[0], list(first[0]), training)
+    if training.value_learning_rate is not None:
+        drawing = replace(drawing, model=give_values(drawing.model, drawing.tokenizer, first[0]))
     data = read_data(concepts, training, drawing)
-    deltas = zero_deltas(frozen[0]) if training.kv_learning_rate is not None else {}
     start, finish, optimizer, learning_rate = choose_optimizer(training, first[0], get_leaf(frozen[0], TABLE))
     whole, tokenizer = training.batch_size, drawing.tokenizer
     weight = 1.0 if training.prior_weight is None else training.prior_weight
@@ -167,15 +170,35 @@ def prepare_inversion(
     return replace(parts, score=make_image_score(training.score_model, parts.words, data.originals, prompts, mesh))
 
 
+def first_deltas(params: Params, words: Sequence[str], training: InversionSettings) -> dict[str, np.ndarray]:
+    """Return the matrices that are learned, which change nothing yet; `params` may be shapes."""
+    if training.value_learning_rate is not None:
+        return zero_values(params, words)
+    return zero_deltas(params) if training.kv_learning_rate is not None else {}
+
+
 def choose_optimizer(
     training: InversionSettings, initial: Learned, table: Any
 ) -> tuple[Learned, Callable[[Trained], Trained], optax.GradientTransformation, optax.Schedule]:
-    """Return where the rows start, what is done with averages, and the optimizer with the learning rate of the rows."""
+    """Return where the rows start, what is done with averages, and the optimizer with the learning rate to log.
+
+    It is that of the rows, or, where they stay as they are, that of the matrices.
+    """
 
     def adamw(rate: float) -> tuple[optax.GradientTransformation, optax.Schedule]:
         steps = training.warmup_steps, training.train_steps
         return make_optimizer(rate, *steps, training.weight_decay, training.clip_norm)
 
+    def beside(rows: optax.GradientTransformation, matrices: optax.GradientTransformation):
+        kinds = {"rows": rows, "matrices": matrices}
+        return optax.multi_transform(
+            kinds, lambda trained: {name: "rows" if name in initial else "matrices" for name in trained}
+        )
+
+    if training.value_learning_rate is not None:
+        optimizer, learning_rate = adamw(training.value_learning_rate)
+        # The average of what does not move is rounded.
+        return initial, lambda trained: {**trained, **initial}, beside(optax.set_to_zero(), optimizer), learning_rate
     optimizer, learning_rate = adamw(training.learning_rate)
     start, finish = initial, lambda trained: trained
     if training.fixed_norm:
@@ -191,10 +214,7 @@ def choose_optimizer(
             return {**with_norm(rows, norm), **deltas}
 
     if training.kv_learning_rate is not None:
-        optimizer = optax.multi_transform(
-            {"rows": optimizer, "matrices": adamw(training.kv_learning_rate)[0]},
-            lambda trained: {name: "rows" if name in initial else "matrices" for name in trained},
-        )
+        optimizer = beside(optimizer, adamw(training.kv_learning_rate)[0])
     return start, finish, optimizer, learning_rate
 
 

@@ -57,6 +57,12 @@ def token_names(word: str, count: int) -> list[str]:
     return [word, *(f"{word}_{number}" for number in range(1, count))]
 
 
+def ids_of_words(tokenizer: CLIPTokenizer, learned: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of each word, whose vectors `learned` holds, in a tokenizer that knows them."""
+    names = [token_names(word, len(rows)) for word, rows in learned.items()]
+    return tuple(tuple(int(ids[1]) for ids in tokenizer(own).input_ids) for own in names)
+
+
 def spell_out(prompt: str, learned: Mapping[str, np.ndarray]) -> str:
     """Return the prompt with every learned word of several vectors as all of its tokens.
 

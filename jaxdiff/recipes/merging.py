@@ -23,8 +23,8 @@ from jaxdiff.io.adapters import Adapter
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.prompts import read_prompts
 from jaxdiff.io.tokenizer import CLIPTokenizer
-from jaxdiff.recipes.custom_diffusion import with_deltas
-from jaxdiff.recipes.learned_words import spell_out, token_names
+from jaxdiff.recipes.custom_diffusion import of_all, with_deltas
+from jaxdiff.recipes.learned_words import ids_of_words, spell_out
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion, encode_texts
 
 RIDGE = 1e-6
@@ -99,7 +99,7 @@ def with_adapters(
     adapters: Sequence[Adapter],
     captions: Path | None,
 ) -> Params:
-    """Return the parameters with the matrices of all adapters, whose words they have already.
+    """Return the parameters with the matrices that adapters change for all tokens; they have the words already.
 
     Args are those of `merge_deltas`, except for:
       captions: file of them, one a line; None means everyday ones.
@@ -107,7 +107,11 @@ def with_adapters(
     Raises:
       InputError: as `merge_deltas`, or the file cannot be read.
     """
+    whole = [adapter._replace(deltas=of_all(adapter.deltas)) for adapter in adapters]
+    adapters = [adapter for adapter in whole if adapter.deltas]
     if len(adapters) < 2:
+        if captions is not None:
+            raise InputError("--captions has no effect without two --adapters of whole matrices to merge: drop it")
         return with_deltas(params, adapters[0].deltas) if adapters else params
     texts = everyday_captions() if captions is None else read_prompts(captions, "--captions")
     return with_deltas(params, merge_deltas(model, params, tokenizer, adapters, texts))
@@ -150,9 +154,8 @@ def features_of_words(model: StableDiffusion, params: Params, tokenizer: CLIPTok
     if not words:
         raise InputError("--adapters: an adapter without words cannot be merged with others")
     rows = []
-    for word, vectors in words.items():
+    for word, own in zip(words, ids_of_words(tokenizer, words)):
         ids = tokenizer([spell_out(TEXT.replace("{}", word), words)], length=tokenizer.context_length).input_ids
         encoded = np.asarray(encode_texts(model, params, jnp.asarray(ids)).astype(jnp.float32), np.float64)[0]
-        own = [tokenizer([name]).input_ids[0][1] for name in token_names(word, len(vectors))]
         rows.append(encoded[np.isin(ids[0], own)])
     return np.concatenate(rows)

@@ -41,6 +41,7 @@ class StableDiffusion:
 
     Attributes:
       sampler: that of the published scheduler.
+      own_values: tokens of each word that has values of its own, see `jaxdiff.recipes.value_adapters`.
     """
 
     text_encoder: CLIPText
@@ -49,6 +50,7 @@ class StableDiffusion:
     diffusion: ForwardProcess
     defaults: SamplingDefaults
     sampler: SamplerName
+    own_values: tuple[tuple[int, ...], ...] = ()
 
     @property
     def default_size(self) -> int:
@@ -87,9 +89,14 @@ class Sampled(NamedTuple):
 
 
 def encode_texts(model: StableDiffusion, params: Params, input_ids: Int[Array, "B L"]) -> Context:
-    """Return one vector for each token; padding counts, as in training."""
+    """Return one vector for each token; padding counts, as in training.
+
+    Where words have values of their own, it is followed by as many copies, each zero but at the tokens of one word.
+    """
     encoded, _ = model.text_encoder.apply({"params": params["text_encoder"]}, input_ids)  # type: ignore[misc]
-    return encoded.last_hidden_state
+    context = encoded.last_hidden_state
+    own = [context * jnp.isin(input_ids, jnp.array(tokens))[..., None] for tokens in model.own_values]
+    return jnp.concatenate([context, *own], axis=-1)
 
 
 class ReverseProcess(NamedTuple):

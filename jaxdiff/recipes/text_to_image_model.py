@@ -15,6 +15,7 @@ from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import round_up, split_large
 from jaxdiff.recipes.custom_diffusion import read_adapters, words_of
+from jaxdiff.recipes.embedding_adjustment import adjust_words
 from jaxdiff.recipes.learned_words import add_words
 from jaxdiff.recipes.merging import with_adapters
 from jaxdiff.recipes.pipeline_folder import read_models
@@ -30,6 +31,7 @@ from jaxdiff.recipes.stable_diffusion import (
 from jaxdiff.recipes.text_to_image import TextToImage
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny, tiny_models
 from jaxdiff.recipes.tiny_world import TINY_WORLD, tiny_world_folder, tiny_world_models
+from jaxdiff.recipes.value_adapters import with_value_adapters
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
 TINY = "tiny"
@@ -70,8 +72,12 @@ def prepare(
         )
     adapters = read_adapters(settings.adapters, params, pipeline.tokenizer.vocab_size)
     learned = add_learned(read_all_learned(settings), words_of(adapters), "--adapters")
+    angle = 0.2 if settings.adjust_angle is None else settings.adjust_angle
+    norm = 1.0 if settings.adjust_norm is None else settings.adjust_norm
+    learned = adjust_words(learned, settings.adjust, angle, norm, params, pipeline.tokenizer)
     model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
     params = with_adapters(model, params, pipeline.tokenizer, adapters, settings.captions)
+    model, params = with_value_adapters(model, params, pipeline.tokenizer, adapters)
     more = learn(params, pipeline.tokenizer)
     model, params = add_words(model, params, pipeline.tokenizer, more)
     learned |= more

@@ -25,11 +25,12 @@ from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import replicated, round_up
 from jaxdiff.models.autoencoder import LatentNormal
-from jaxdiff.recipes.custom_diffusion import Trained, split_trained, with_deltas
+from jaxdiff.recipes.custom_diffusion import Trained, of_all, split_trained, with_deltas
 from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf
 from jaxdiff.recipes.sampling import in_batches
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion, encode_texts
 from jaxdiff.recipes.training import LossFn
+from jaxdiff.recipes.value_adapters import of_words, with_values
 from jaxdiff.shapes import ImageKeys
 
 Rows = Mapping[str, Float[Array, "n D"]]
@@ -91,9 +92,14 @@ def with_rows(params: Params, rows: Rows) -> Params:
 
 
 def with_trained(params: Params, trained: Trained, words: Sequence[str]) -> Params:
-    """Return the parameters with all that is learned: the rows of the words, and what is added to matrices."""
+    """Return the parameters with all that is learned: the rows of the words, and what is added to matrices.
+
+    Where words have values of their own, it is for a model from `give_values`.
+    """
     rows, deltas = split_trained(trained, words)
-    return with_rows(with_deltas(params, deltas), rows)
+    params = with_rows(with_deltas(params, of_all(deltas)), rows)
+    own = of_words(deltas)
+    return with_values(params, own, words) if own else params
 
 
 def make_inversion_loss(
