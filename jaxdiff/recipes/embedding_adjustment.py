@@ -31,8 +31,8 @@ def adjust_vector(v: Float[np.ndarray, "D"], c: Float[np.ndarray, "D"], alpha: f
       beta: norm of the result in norms of c.
     """
     norm = beta * np.linalg.norm(c)
-    ends = (jnp.asarray(norm * end / np.linalg.norm(end), jnp.float32) for end in (v, c))
-    return np.asarray(slerp(*ends, jnp.full(1, alpha))[0])
+    learned, own = (jnp.asarray(norm * end / np.linalg.norm(end), jnp.float32) for end in (v, c))
+    return np.asarray(slerp(learned, own, jnp.full(1, alpha))[0])
 
 
 def adjust_words(
