@@ -6,6 +6,7 @@
 Writes into --out: scores.csv, a sheet of pictures for each prompt, results.json and report.html.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff.command import run_command
-from jaxdiff.device_settings import DeviceSettings
+from jaxdiff.device_settings import ProcessSettings
 from jaxdiff.settings import require, require_at_least
 
 SHOWN = ("best.image_score", "best.text_score", "image_score", "text_score", "cmmd", "all_present")
 """Figures on the screen."""
+FEATURES = "features"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Config:
     """Pictures encoded at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the networks compute in."""
-    devices: Annotated[DeviceSettings, tyro.conf.arg(name="")] = field(default_factory=DeviceSettings)
+    devices: Annotated[ProcessSettings, tyro.conf.arg(name="")] = field(default_factory=ProcessSettings)
     seed: int = 0
     """Seed of the bootstrap."""
     out: Path = Path("runs/clip_scores")
@@ -80,13 +82,13 @@ class Config:
 def run(config: Config) -> list[Path]:
     """List the pictures, score them, write everything down."""
     from jaxdiff.io.runs import as_json, check_writable, make_folder
-    from jaxdiff.mesh import open_mesh
+    from jaxdiff.mesh import open_mesh, own_mesh
     from jaxdiff.recipes.clip_grading import Group, grade, list_pictures, task_groups, without
     from jaxdiff.recipes.clip_scores_report import write_outputs
     from jaxdiff.recipes.zeroshot import prepare_encoder
 
     started = time.perf_counter()
-    mesh = open_mesh(config.devices)
+    mesh = own_mesh(open_mesh(config.devices))
     check_writable(config.out)
     if config.task is not None and config.references is not None:
         groups = task_groups(config.task, config.generated, config.references, config.count)
@@ -96,12 +98,18 @@ def run(config: Config) -> list[Path]:
         files = list_pictures(config.generated, "--generated")
         groups = [Group("pictures", files, references, config.prompt, stripped, words=config.words)]
     encoder = prepare_encoder(config.model, config.revision, config.dtype, None, mesh)
-    graded = grade(encoder, groups, config.batch_size, config.seed)
+    features = config.out.expanduser().resolve() / FEATURES
+    graded = grade(encoder, groups, config.batch_size, config.seed, features)
+    if graded is None:
+        return []
     for result in graded:
         scores = [f"{name} {result.figures[name]:.2f}" for name in SHOWN if name in result.figures]
         verdict = {None: "", True: "PASS ", False: "FAIL "}[result.passed]
         print(f"{result.group.name}: {verdict}{', '.join(scores)}")
-    return write_outputs(make_folder(config.out), encoder, graded, as_json(config), started)
+    written = write_outputs(make_folder(config.out), encoder, graded, as_json(config), started)
+    # Only for a run that is killed before its end.
+    shutil.rmtree(features)
+    return written
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import tyro
 
 from jaxdiff.command import run_command
 from jaxdiff.ddim_settings import DrawingSettings, ModeSettings, require_effect
-from jaxdiff.device_settings import DeviceSettings
+from jaxdiff.device_settings import ProcessSettings
 from jaxdiff.errors import InputError
 from jaxdiff.settings import require, require_at_least, require_trained_branches
 from jaxdiff.train_cfg import Config as TrainConfig
@@ -53,7 +53,7 @@ class Config:
     """Pictures drawn at once, rounded up to a multiple of the devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the network computes in."""
-    devices: Annotated[DeviceSettings, Group] = field(default_factory=DeviceSettings)
+    devices: Annotated[ProcessSettings, Group] = field(default_factory=ProcessSettings)
 
     def __post_init__(self):
         for name in ("num_noises", "batch_size"):
@@ -114,13 +114,17 @@ def load_model(config: Config, mesh):
 def run(config: Config) -> list[Path]:
     """Load model and noises, show every mode, write everything down."""
     from jaxdiff.io.runs import as_json, make_folder
-    from jaxdiff.mesh import open_mesh
+    from jaxdiff.mesh import open_mesh, own_mesh
+    from jaxdiff.processes import is_leader
     from jaxdiff.recipes.ddim_report import show, write_all
     from jaxdiff.recipes.drawing import make_drawing, read_or_draw_noises
 
     started = time.perf_counter()
     mesh = open_mesh(config.devices)
     model = load_model(config, mesh)
+    if not is_leader():
+        return []  # so few pictures are the first process's alone, but a checkpoint is read by all
+    mesh = own_mesh(mesh)
     names, noises = read_or_draw_noises(config.noise, config.num_noises or 10, config.seed, model.image_shape)
     drawing = make_drawing(model, config.drawing, config.seed, config.batch_size, mesh)
     shown = show(config.mode, drawing, names, noises, config.modes)

@@ -149,6 +149,19 @@ def bring_home(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(whole, split_large(whole, own_mesh(mesh)))
 
 
+def own_copy(tree: Any) -> Any:
+    """Return arrays that every device holds whole as this process's alone, without asking the others."""
+    return tree if jax.process_count() == 1 else jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def any_process(flag: bool, mesh: Mesh) -> bool:
+    """Tell whether the flag is set in any process; every one of them waits here for the answer."""
+    if jax.process_count() == 1:
+        return flag
+    share = np.full(mesh.local_mesh.size, flag)
+    return bool(jax.jit(jnp.any, out_shardings=replicated(mesh))(put_batch(share, mesh)))
+
+
 class AgreedStop:
     """A request to stop that all processes hear at the same step; alone, one's own, at once.
 

@@ -10,12 +10,13 @@ checkpoints, metrics.jsonl, results.json and report.html.
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from jaxdiff.command import run_command
-from jaxdiff.settings import require, require_at_least
+from jaxdiff.device_settings import ProcessSettings
+from jaxdiff.settings import require
 from jaxdiff.text2image_settings import LatentModelSettings
 from jaxdiff.textual_inversion_settings import InversionSettings
 
@@ -31,15 +32,13 @@ class Config:
     training: InversionSettings = field(default_factory=InversionSettings)
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with the run in --out; never deletes what it left there and starts over."""
-    devices: int | None = None
-    """Devices that share a batch; None means all."""
+    devices: ProcessSettings = field(default_factory=ProcessSettings)
     out: Path = Path("runs/textual_inversion")
     """Run folder."""
     dry_run: bool = False
     """Only say how much memory it would take; reads no weights and no pictures."""
 
     def __post_init__(self):
-        require_at_least("devices", 1 if self.devices is None else self.devices, 1)
         own = self.model.model == "tiny-world"
         require(bool(self.concept) or own, '--concept must say what to learn, such as "<new1>:FOLDER:dog"')
         require(
@@ -54,7 +53,6 @@ class Config:
 FREE = {
     "out",
     "resume",
-    "devices",
     "log_every",
     "save_every",
     "sample_every",
@@ -63,7 +61,7 @@ FREE = {
     "sample_steps",
     "guidance_scale",
     "dry_run",
-}
+} | {field.name for field in fields(ProcessSettings)}
 
 
 # Unless what is drawn along the way decides when to stop.
@@ -72,20 +70,22 @@ FREE_IF_NOT_SCORED = {"sample_every", "sample_prompts", "sample_images", "sample
 
 def run(config: Config) -> list[Path]:
     """Read model and pictures, learn the words, draw with them, write everything down."""
+    from jaxdiff.mesh import open_mesh, own_mesh, require_divisible
+
+    started = time.perf_counter()
+    mesh = open_mesh(config.devices)  # before the others, because some of them compute
     from jaxdiff.io.concept_pictures import parse_concept
     from jaxdiff.io.runs import as_json, check_config, check_same_data, check_writable, open_run
-    from jaxdiff.mesh import make_mesh, require_divisible
+    from jaxdiff.processes import is_leader, leader_first, on_leader
     from jaxdiff.recipes.inversion_memory import describe_memory
     from jaxdiff.recipes.inversion_report import write_outputs
     from jaxdiff.recipes.inversion_training import own_concept, prepare_inversion, train
 
-    started = time.perf_counter()
-    mesh = make_mesh(config.devices)
     require_divisible(config.training.batch_size, mesh, "--batch-size", config.training.accumulation_steps)
     training = config.training
     if config.dry_run:
         words = [parse_concept(text).word for text in config.concept] or ["<new1>"]
-        print(describe_memory(words, config.model, training, mesh))
+        print(describe_memory(words, config.model, training, own_mesh(mesh)))
         return []
     free = FREE if training.patience is None else FREE - FREE_IF_NOT_SCORED
     check_writable(config.out)
@@ -94,12 +94,14 @@ def run(config: Config) -> list[Path]:
     if config.concept:
         concepts = [parse_concept(text) for text in config.concept]
     else:
-        concepts, training = own_concept(training, mesh)
+        concepts, training = leader_first(lambda: own_concept(training, mesh))
     parts = prepare_inversion(concepts, config.model, training, mesh)
-    out = open_run(config.out, as_json(config), free, start_over=config.resume == "never")
-    check_same_data(out, parts.data.about, "the pictures of --concept, the texts or the weights of the model")
+    out = config.out.expanduser().resolve()
+    on_leader(lambda: open_run(out, as_json(config), free, start_over=config.resume == "never"))
+    what = "the pictures of --concept, the texts or the weights of the model"
+    on_leader(lambda: check_same_data(out, parts.data.about, what))
     trained = train(parts, training, out)
-    return write_outputs(out, parts, trained, training, as_json(config), started)
+    return write_outputs(out, parts, trained, training, as_json(config), started) if is_leader() else []
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from clip_twins import make_twin
 from clip_vocabulary import vocabulary, write_vocabulary
-from commands import run_here
+from commands import finish, run_here, start_several
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
@@ -64,6 +64,27 @@ def world(tmp_path_factory):
     }
     (folder / "input.json").write_text(json.dumps({"0": task}))
     return folder, twin
+
+
+def test_eight_devices_and_two_processes_give_the_scores_of_one(world, tmp_path):
+    folder, _ = world
+    flags = (f"--task={folder / 'input.json'}", f"--generated={folder / 'generated'}", f"--count={COUNT}",
+             f"--references={folder / 'references'}", f"--model={folder / 'clip'}", "--batch-size=4")  # fmt: skip
+    found = []
+    for devices in (1, 8):
+        answer = score(*flags, f"--devices={devices}", f"--out={tmp_path / str(devices)}")
+        assert answer.code == 0, answer.err
+        assert not (tmp_path / str(devices) / "features").exists()
+        found.append(json.loads((tmp_path / str(devices) / "results.json").read_text()))
+    words = ["-m", "jaxdiff.clip_scores"]
+    answers = [finish(one) for one in start_several(words, 2, *flags, f"--out={tmp_path / 'two'}")]
+    assert [answer.code for answer in answers] == [0, 0], answers
+    assert [len(answer.out.split("Written")) for answer in answers] == [2, 1]
+    found.append(json.loads((tmp_path / "two" / "results.json").read_text()))
+    figures = [name for name, value in found[0].items() if isinstance(value, float) and name != "seconds"]
+    assert len(figures) > 20
+    for name in figures:
+        np.testing.assert_allclose([each[name] for each in found[1:]], found[0][name], rtol=1e-4, atol=1e-4)
 
 
 def embed(folder, twin, files=(), texts=()) -> torch.Tensor:

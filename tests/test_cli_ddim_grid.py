@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from commands import run_here
+from commands import finish, run_here, start_several
 from conversion import SIZE, change_json, convert, make_twin, randomize
 from course_unet import CourseUNet
 from diffusers import DDIMPipeline, DDIMScheduler
@@ -206,6 +206,23 @@ def test_eight_devices_draw_the_same(finished_run, tmp_path):
         assert answer.code == 0, answer.err
     for path in (tmp_path / "1" / "steps").iterdir():
         assert np.abs(picture(path) - picture(tmp_path / "8" / "steps" / path.name)).max() <= 1
+
+
+@pytest.mark.slow
+def test_several_processes_draw_the_same(finished_run, course, tmp_path):
+    # A run, whose checkpoint is restored onto all devices, and weights that every process reads.
+    for name, weights in (("run", finished_run[0]), ("weights", course[1])):
+        alone, two = tmp_path / f"{name}_alone", tmp_path / f"{name}_two"
+        answer = draw(weights, alone, "--devices=2", *QUICK[1:], "--num-noises=3")
+        assert answer.code == 0, answer.err
+        flags = [f"--weights={weights}", f"--out={two}", *QUICK[1:], "--num-noises=3"]
+        answers = [finish(one) for one in start_several(["-m", "jaxdiff.ddim_grid"], 2, *flags)]
+        assert [answer.code for answer in answers] == [0, 0], answers
+        paths = {path.relative_to(two) for path in two.rglob("*")}
+        assert paths == {path.relative_to(alone) for path in alone.rglob("*")}
+        for path in paths:
+            if path.suffix == ".png" and not path.name.startswith("grid"):
+                assert np.abs(picture(two / path) - picture(alone / path)).max() <= 1
 
 
 # --- what it refuses

@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import run_here
+from commands import finish, run_here, start_several
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -141,6 +142,29 @@ def test_keys_and_values_are_learned_beside_class_pictures_and_masks(folders, tm
         assert drawn.code == 0, drawn.err
         pictures[name] = np.asarray(Image.open(tmp_path / name / "000_000.png")).astype(int)
     assert np.abs(pictures["adapter"] - pictures["words"]).max() > 0
+
+
+def test_eight_devices_and_two_processes_learn_the_same(folders, tmp_path):
+    flags = [*concepts(folders), *SMALL, "--batch-size=8", "--learning-rate=0.01"]
+    flags.remove("--devices=1")
+    for devices in (1, 8):
+        answer = learn(*flags, f"--devices={devices}", f"--out={tmp_path / str(devices)}")
+        assert answer.code == 0, answer.err
+    # Two processes begin, and one goes on.
+    words, out = ["-m", "jaxdiff.textual_inversion"], tmp_path / "two"
+    answers = [finish(one) for one in start_several(words, 2, *flags, f"--out={out}")]
+    assert [answer.code for answer in answers] == [0, 0], answers
+    assert [len(answer.out.split("Written")) for answer in answers] == [2, 1]
+    learned = {name: read_learned(tmp_path / name / "learned_embeds.safetensors") for name in ("1", "8", "two")}
+    for name in ("8", "two"):
+        for word, row in learned["1"].items():
+            np.testing.assert_allclose(learned[name][word], row, rtol=0, atol=1e-5)
+    shutil.rmtree(out / "checkpoints" / "6")
+    answer = learn(*flags, "--devices=1", f"--out={out}")
+    assert answer.code == 0, answer.err
+    assert "going on from step 4 of 6" in answer.out
+    for word, row in read_learned(out / "learned_embeds.safetensors").items():
+        np.testing.assert_allclose(row, learned["1"][word], rtol=0, atol=1e-5)
 
 
 def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):

@@ -13,7 +13,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.course_task import read_task
 from jaxdiff.io.labelled_images import LabelledImages, pictures
 from jaxdiff.io.runs import Figures
-from jaxdiff.recipes.clip_features import Encoder, encode_images, encode_prompts
+from jaxdiff.recipes.clip_features import Encoder, encode_prompts, share_images
 from jaxdiff.recipes.clip_scores import (
     Embeds,
     best_pictures,
@@ -117,15 +117,27 @@ def list_pictures(folder: Path, flag: str) -> tuple[Path, ...]:
     return found
 
 
-def grade(encoder: Encoder, groups: Sequence[Group], batch_size: int, seed: int) -> list[Graded]:
+def grade(encoder: Encoder, groups: Sequence[Group], batch_size: int, seed: int, folder: Path) -> list[Graded] | None:
     """Return the scores of every group; each picture and each text is encoded once.
+
+    Args:
+      encoder: on this process's own devices.
+      groups: of pictures.
+      batch_size: pictures encoded at once.
+      seed: of the bootstrap.
+      folder: for the features of pictures, of which several processes make a share each.
+
+    Returns:
+      The scores to process 0, None to the others.
 
     Raises:
       InputError: a picture cannot be read, or a text is too long.
     """
     files = sorted({file for group in groups for file in (*group.files, *group.references)})
     labels = np.zeros(len(files), np.int32)
-    features = encode_images(encoder, LabelledImages(list(map(str, files)), labels, ("",), files), batch_size)
+    features = share_images(encoder, LabelledImages(list(map(str, files)), labels, ("",), files), batch_size, folder)
+    if features is None:
+        return None
     if features.skipped:
         raise InputError(f"{len(features.skipped)} pictures cannot be read; the first is {features.skipped[0]}")
     place = {file: number for number, file in enumerate(files)}

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -38,6 +39,8 @@ def make_batches(
     seed: int,
     priors: Sequence[Source] = (),
     prior_weight: float = 1.0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Callable[[int], InversionBatch]:
     """Return batch k as a pure function of (seed, k): concept, picture and text of each place are drawn evenly.
 
@@ -49,12 +52,17 @@ def make_batches(
       seed: of the draws.
       priors: class pictures, which every second place is filled from, as equation (1) has it.
       prior_weight: of equation (1).
+      process_index: which equal slice of each batch is returned.
+      process_count: number of slices.
     """
     length, sources = tokenizer.context_length, [*concepts, *priors]
     ids_of = [tokenizer([spell_out(text, learned) for text in s.texts], length=length).input_ids for s in sources]
     masked = any(source.masks is not None for source in sources)
     # Twice each, because both halves are means of their own.
     weight = np.tile(np.array([2, 2 * prior_weight], np.float32), batch_size // 2) if priors else None
+
+    part = batch_size // process_count
+    own = slice(process_index * part, (process_index + 1) * part)
 
     def batch_at(step: int) -> InversionBatch:
         rng = np.random.default_rng([seed, step])
@@ -70,6 +78,7 @@ def make_batches(
         )
         everything = np.ones(mean.shape[1:3], np.float32)
         masks = [everything if source.masks is None else source.masks[place] for source, place in drawn]
-        return InversionBatch(ids, mean, log_variance, weight, np.stack(masks) if masked else None)
+        whole = InversionBatch(ids, mean, log_variance, weight, np.stack(masks) if masked else None)
+        return jax.tree.map(lambda leaf: leaf[own], whole)
 
     return batch_at

@@ -14,6 +14,7 @@ from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
+from jaxdiff.mesh import device_name, own_copy
 from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, of_all, split_trained, write_for_diffusers
 from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
@@ -44,14 +45,12 @@ def write_outputs(
     lines = read_lines(out / METRICS)
     figures = figures_of(parts, rows, deltas, lines)
     figures["seconds"] = time.perf_counter() - started
-    mesh = parts.drawing.mesh
-    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     hashes = {
-        "params": tree_hash(parts.frozen),
+        "params": tree_hash(own_copy(parts.frozen)),
         "rows": tree_hash(rows),
         **({"matrices": tree_hash(deltas)} if deltas else {}),
     }
-    results = write_results(out, figures, config, hashes, device)
+    results = write_results(out, figures, config, hashes, device_name(parts.mesh))
     record = read_json(results)
     sections = [
         Section("Pictures with the learned words", [
@@ -85,7 +84,7 @@ def figures_of(
     parts: InversionParts, rows: Learned, deltas: Mapping[str, np.ndarray], lines: Sequence[Mapping[str, Any]]
 ) -> Figures:
     """Return how far everything moved, and the last of what was logged."""
-    table = np.asarray(get_leaf(parts.frozen, TABLE), np.float32)
+    table = np.asarray(get_leaf(own_copy(parts.frozen), TABLE), np.float32)
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
     figures: Figures = {"norm.vocabulary_median": float(np.median(np.linalg.norm(table, axis=1)))}
@@ -114,7 +113,7 @@ def write_adapters(
     write_adapter(out / ADAPTER, Adapter(parts.base, rows, deltas), training.adapter_rank)
     if not of_all(deltas):
         return [out / ADAPTER]
-    write_for_diffusers(out / DIFFUSERS_FILE, parts.frozen, deltas)
+    write_for_diffusers(out / DIFFUSERS_FILE, own_copy(parts.frozen), deltas)
     return [out / ADAPTER, out / DIFFUSERS_FILE]
 
 

@@ -19,7 +19,8 @@ from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
-from jaxdiff.mesh import replicated
+from jaxdiff.mesh import any_process, bring_home, own_copy, own_mesh, replicated
+from jaxdiff.processes import count, index, is_leader, leader_first
 from jaxdiff.recipes.custom_diffusion import Trained, base_hash, split_trained, zero_deltas
 from jaxdiff.recipes.directional import directional, with_norm
 from jaxdiff.recipes.image_score import Pictures, has_stopped_rising, make_image_score
@@ -53,8 +54,9 @@ class InversionParts:
       concepts: to learn.
       drawing: draws pictures; its model has room for the rows, and its tokenizer knows the words.
       frozen: the parameters of the model, which never change.
-      batch_at: batch of step k.
-      check_at: the same with as many pictures as a step has in memory at once.
+      mesh: of all processes; `drawing` has that of this one alone.
+      batch_at: this process's share of the batch of step k.
+      check_at: a whole batch k of as many pictures as a step has in memory at once.
       optimizer: of what is learned, with the learning rate of the rows.
       state: at step 0.
       start: the rows at step 0.
@@ -66,6 +68,7 @@ class InversionParts:
 
     concepts: Sequence[Concept]
     drawing: TextToImage
+    mesh: Mesh
     frozen: Params
     batch_at: Callable[[int], InversionBatch]
     check_at: Callable[[int], InversionBatch]
@@ -105,7 +108,7 @@ def own_concept(training: InversionSettings, mesh: Mesh) -> tuple[list[Concept],
 
     Digits are not learned from their mirror images.
     """
-    folder = tiny_world_folder(cache_folder(), mesh)
+    folder = tiny_world_folder(cache_folder(), own_mesh(mesh))
     concept = Concept("<new1>", folder / PICTURES, UNKNOWN)
     templates = training.templates or folder / TEXTS
     prompts = training.sample_prompts or ("a photo of the digit <new1>.", f"a photo of the digit {UNKNOWN}.")
@@ -137,7 +140,7 @@ def prepare_inversion(
         first.append(initial_rows(params, tokenizer, concepts, training.vectors_per_token, training.mean_initializer))
         return first[0]
 
-    drawing = prepare(model, training.pictures, mesh, learn)
+    drawing = leader_first(lambda: prepare(model, training.pictures, own_mesh(mesh), learn))
     deltas = first_deltas(frozen[0], list(first[0]), training)
     if training.value_learning_rate is not None:
         drawing = replace(drawing, model=give_values(drawing.model, drawing.tokenizer, first[0]))
@@ -148,8 +151,9 @@ def prepare_inversion(
     parts = InversionParts(
         concepts,
         drawing,
+        mesh,
         jax.device_put(frozen[0], replicated(mesh)),
-        make_batches(data.concepts, tokenizer, start, whole, training.seed, data.priors, weight),
+        make_batches(data.concepts, tokenizer, start, whole, training.seed, data.priors, weight, index(), count()),
         make_batches(data.concepts, tokenizer, start, whole // training.accumulation_steps, training.seed),
         optimizer,
         learning_rate,
@@ -164,10 +168,12 @@ def prepare_inversion(
         finish,
         base[0] if base else "",
     )
-    if training.score_model is None:
+    if training.score_model is None or not is_leader():
         return parts
-    prompts = prompts_of(parts, training)
-    return replace(parts, score=make_image_score(training.score_model, parts.words, data.originals, prompts, mesh))
+    score = make_image_score(
+        training.score_model, parts.words, data.originals, prompts_of(parts, training), drawing.mesh
+    )
+    return replace(parts, score=score)
 
 
 def first_deltas(params: Params, words: Sequence[str], training: InversionSettings) -> dict[str, np.ndarray]:
@@ -225,23 +231,29 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
     if start:
         print(f"going on from step {start} of {training.train_steps}")
     log = MetricsLog(out, start)
-    drawing = parts.drawing
-    loss_fn = make_inversion_loss(drawing.model, parts.words, training.loss_weighting)
-    check = make_check(drawing.model, parts.words, parts.frozen, parts.check_at, parts.finish, drawing.mesh)
-
+    model, mesh = parts.drawing.model, parts.mesh
+    loss_fn = make_inversion_loss(model, parts.words, training.loss_weighting)
+    check = make_check(model, parts.words, parts.frozen, parts.check_at, parts.finish, mesh)
     scores = [line["image_score"] for line in read_lines(out / METRICS) if "image_score" in line]
 
     def draw_grid(step: int, trained: Any) -> bool:
+        own = bring_home(trained, mesh)
+        if is_leader():
+            draw(step, own)
+        return enough()
+
+    def draw(step: int, trained: Any) -> None:
         pixels = draw_pictures(parts, training, parts.finish(trained))
         grid = make_grid(pixels, prompts_of(parts, training), f"Step {step:,}")
         write_png(out / "grids" / f"step_{step:07d}.png", grid)
         if parts.score is not None:
             scores.append(parts.score(pixels))
             log.write(step, {"image_score": scores[-1]})
-        return enough()
 
     def enough() -> bool:
-        if training.patience is None or not has_stopped_rising(scores, training.patience):
+        # Only the first process has scores.
+        patience = training.patience
+        if patience is None or not any_process(is_leader() and has_stopped_rising(scores, patience), mesh):
             return False
         print(f"image score: none of the last {training.patience} is above {max(scores):.2f}; nothing more is learned")
         return True
@@ -253,14 +265,14 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
             make_train_step(
                 loss_fn,
                 parts.optimizer,
-                drawing.mesh,
+                mesh,
                 training.ema_decay,
                 training.accumulation_steps,
                 frozen=parts.frozen,
             ),
             parts.batch_at,
             training,
-            drawing.mesh,
+            mesh,
             checkpoints,
             log,
             parts.learning_rate,
@@ -271,7 +283,7 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
     finally:
         checkpoints.close()
         log.close()
-    return {name: np.asarray(leaf) for name, leaf in parts.finish(state.ema_params).items()}
+    return {name: np.asarray(leaf) for name, leaf in parts.finish(bring_home(state.ema_params, mesh)).items()}
 
 
 def prompts_of(parts: InversionParts, training: InversionSettings) -> list[str]:
@@ -282,9 +294,10 @@ def prompts_of(parts: InversionParts, training: InversionSettings) -> list[str]:
 def draw_pictures(
     parts: InversionParts, training: InversionSettings, trained: Trained
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """Draw all texts with what is learned, from the same noises every time."""
+    """Draw all texts with what is learned, from the same noises every time, in this process alone."""
     prompts = prompts_of(parts, training)
-    params = with_trained(parts.frozen, {name: jnp.asarray(leaf) for name, leaf in trained.items()}, parts.words)
+    learned = {name: jnp.asarray(leaf) for name, leaf in trained.items()}
+    params = with_trained(own_copy(parts.frozen), learned, parts.words)
     jobs = make_jobs(prompts, training.sample_images)
     return [pixels for _, pixels in parts.drawing.draw(jobs, prompts, params)]
 

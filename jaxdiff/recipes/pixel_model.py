@@ -21,6 +21,7 @@ from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.diffusion.timesteps import CLEAN, Spacing, Walk, timestep_spacing, with_final
 from jaxdiff.errors import InputError
 from jaxdiff.io.provenance import tree_hash
+from jaxdiff.mesh import bring_home
 from jaxdiff.recipes.conditional import Condition
 from jaxdiff.recipes.conditional_training import restore_model
 from jaxdiff.recipes.pretrained_unet import load_pretrained_unet
@@ -125,7 +126,7 @@ def trained_model(
       training: optimizer, whose state is part of a checkpoint.
       sampling: guidance.
       domain: name of the domain to draw; None means the first.
-      mesh: devices.
+      mesh: of all processes; the parameters end on this one's devices.
 
     Raises:
       InputError: the run has no checkpoint yet, or no such domain.
@@ -143,7 +144,7 @@ def trained_model(
 
     return PixelModel(
         f"{names[number]}, step {step:,} of {run.name}",
-        params,
+        bring_home(params, mesh),
         model.schedule,
         model.image_shape,
         lambda params, condition: guide_conditions(model, make_denoiser(model, params), condition, sampling),

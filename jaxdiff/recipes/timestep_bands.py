@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff.mesh import put_batch
+from jaxdiff.mesh import put_whole
 from jaxdiff.recipes.custom_diffusion import Trained
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion
 from jaxdiff.recipes.textual_inversion import InversionBatch, make_inversion_loss
@@ -44,13 +44,13 @@ def make_check(
       model: from `add_words`.
       words: in the order in which they were added.
       frozen: the model's parameters without the rows.
-      batch_at: batch k.
+      batch_at: the whole batch k.
       finish: from averages to what is kept.
       mesh: devices.
     """
     size = len(batch_at(0).mean)
     batches = [
-        (put_batch(batch_at(k), mesh), image_keys_at(jax.random.key(0), jnp.int32(k), size))
+        (put_whole(batch_at(k), mesh), image_keys_at(jax.random.key(0), jnp.int32(k), size))
         for k in range(max(1, CHECKED_PICTURES // size))
     ]
     bands = band_names(model.diffusion.num_train_timesteps)
