@@ -255,11 +255,13 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
         patience = training.patience
         if patience is None or not any_process(is_leader() and has_stopped_rising(scores, patience), mesh):
             return False
-        print(f"image score: none of the last {training.patience} is above {max(scores):.2f}; nothing more is learned")
+        if is_leader():
+            print(f"image score: none of the last {patience} is above {max(scores):.2f}; nothing more is learned")
         return True
 
     try:
-        if not read_lines(out / METRICS):
+        # The first process's line may be there before another one looks.
+        if any_process(is_leader() and not read_lines(out / METRICS), mesh):
             log.write(0, {name: float(value) for name, value in check(parts.state.params).items()})
         run = TrainingLoop(
             make_train_step(
