@@ -12,6 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from jaxdiff.command import run_command
 from jaxdiff.device_settings import ProcessSettings
@@ -20,6 +23,8 @@ from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
 PICTURES_OF_A_TASK = 25
 """What the course's grader counts."""
+
+Group = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,9 @@ class Config:
     """The course's input.json, which names learned words and prompts; draws all its pictures under its file names."""
     num_images: int | None = None
     """Pictures of each prompt; None means 25 with --task, else 1."""
-    model: LatentModelSettings = field(default_factory=LatentModelSettings)
-    pictures: PictureSettings = field(default_factory=PictureSettings)
-    devices: ProcessSettings = field(default_factory=ProcessSettings)
+    model: Annotated[LatentModelSettings, Group] = field(default_factory=LatentModelSettings)
+    pictures: Annotated[PictureSettings, Group] = field(default_factory=PictureSettings)
+    devices: Annotated[ProcessSettings, Group] = field(default_factory=ProcessSettings)
     out: Path = Path("runs/text2image")
     """Folder to write into; pictures made with other settings are replaced, the others kept."""
     dry_run: bool = False

@@ -7,6 +7,9 @@ from typing import Literal
 
 from jaxdiff.settings import SamplerName, Spacing, as_flag, require, require_at_least
 
+MOST_GUIDANCE = 1000
+"""Far above what draws anything, and far below where 1 - g is no number of its own in float32."""
+
 
 @dataclass(frozen=True)
 class LatentModelSettings:
@@ -92,7 +95,10 @@ class PictureSettings:
         for name in ("num_steps", "batch_size", "height", "width"):
             require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
-        require(math.isfinite(self.guidance_scale), f"--guidance-scale must be finite, got {self.guidance_scale}")
+        require(
+            0 <= self.guidance_scale <= MOST_GUIDANCE,
+            f"--guidance-scale must lie in [0, {MOST_GUIDANCE}], got {self.guidance_scale}",
+        )
         require(self.eta is None or 0 <= self.eta <= 1, f"--eta must lie in [0, 1], got {self.eta}")
         require(
             self.eta is None or self.sampler == "ddim",

@@ -12,13 +12,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from jaxdiff.command import run_command
 from jaxdiff.device_settings import ProcessSettings
 from jaxdiff.settings import require
 from jaxdiff.text2image_settings import LatentModelSettings
 from jaxdiff.textual_inversion_settings import InversionSettings
+
+Group = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class Config:
     concept: tuple[str, ...] = ()
     """What to learn, <word>:FOLDER:initialiser or, for a style, <word>:FOLDER:initialiser:style; several at once. None
     means the digit that tiny-world, the model unless another is given, has no name for."""
-    model: LatentModelSettings = field(default_factory=lambda: LatentModelSettings(model="tiny-world"))
-    training: InversionSettings = field(default_factory=InversionSettings)
+    model: Annotated[LatentModelSettings, Group] = field(
+        default_factory=lambda: LatentModelSettings(model="tiny-world")
+    )
+    training: Annotated[InversionSettings, Group] = field(default_factory=InversionSettings)
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with the run in --out; never deletes what it left there and starts over."""
-    devices: ProcessSettings = field(default_factory=ProcessSettings)
+    devices: Annotated[ProcessSettings, Group] = field(default_factory=ProcessSettings)
     out: Path = Path("runs/textual_inversion")
     """Run folder."""
     dry_run: bool = False

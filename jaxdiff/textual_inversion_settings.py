@@ -96,7 +96,9 @@ class InversionSettings(OptimizationSettings):
         )
         for name in ("weight_decay", "clip_norm"):
             require(
-                not self.fixed_norm or getattr(self, name) == getattr(type(self), name),
+                not self.fixed_norm
+                or self.kv_learning_rate is not None  # it acts on the matrices
+                or getattr(self, name) == getattr(type(self), name),
                 f"{as_flag(name)} has no effect with --fixed-norm, where every gradient is one long: drop it",
             )
         for name in ("kv_learning_rate", "fixed_norm", "learning_rate"):

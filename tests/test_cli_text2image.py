@@ -241,7 +241,7 @@ def edit(path, **changes):
         (("--prompt=a", "--num-steps=2000"), "--num-steps 2000, leading spacing: num_steps must lie in 1..1000"),
         (("--prompt=a", "--eta=0.5"), "--eta has no effect without --sampler ddim"),
         (("--prompt=a", "--negative=b", "--guidance-scale=1"), "--negative has no effect at --guidance-scale 1"),
-        (("--prompt=a", "--guidance-scale=inf"), "--guidance-scale must be finite"),
+        (("--prompt=a", "--guidance-scale=inf"), "--guidance-scale must lie in [0, 1000]"),
         (("--prompt=a", "--seed=-1"), "--seed must lie in [0, 2^32)"),
         (("--prompt=a", "--revision=main"), "--revision has no effect with --model tiny"),
         (("--prompt=a", "--model=owner/none"), "the Hugging Face hub cannot be reached"),

@@ -327,7 +327,7 @@ def test_without_flags_a_digit_is_learned_that_the_tiny_world_cannot_name(tmp_pa
         (("--concept=<a>:thing:digit", "--size=21"), "must be a multiple of 4 pixels, got 21"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),
         (("--concept=<a>:thing:digit", "--batch-size=3", "--devices=2"), "--batch-size 3 does not split over 2"),
-        (("--concept=<a>:thing:digit", "--guidance-scale=nan"), "--guidance-scale must be finite"),
+        (("--concept=<a>:thing:digit", "--guidance-scale=nan"), "--guidance-scale must lie in [0, 1000]"),
     ],
 )
 def test_what_cannot_be_learned_is_one_sentence(folders, tmp_path, monkeypatch, flags, sentence):

@@ -9,10 +9,10 @@ from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-MAX_PIXELS = 16_000_000
+MAX_PIXELS = 64_000_000
 """Pictures with more pixels than this are refused before they are decoded (decompression bombs)."""
 
 # `read_image` refuses such a picture itself. Set once: warnings.catch_warnings is not safe in threads.
@@ -37,7 +37,7 @@ def stretch_to_uint8(images: Float[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, 
 
 
 def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode one picture as RGB.
+    """Decode one picture as RGB, upright: cameras say in the file which way they were held.
 
     Raises:
       OSError: missing, truncated, no picture, more than 8 bits a channel, or more pixels than `max_pixels`; the message
@@ -51,7 +51,7 @@ def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.n
             if image.mode[0] in "IF":
                 # Pillow would clip instead of scale.
                 raise OSError("more than 8 bits a channel")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise OSError(f"not a readable picture ({error})") from error
 

@@ -245,7 +245,11 @@ def normalize_pixels(
 
 
 def encode_prompts(
-    encoder: Encoder, prompts: Sequence[str], truncate: bool, cache: Path | None = None
+    encoder: Encoder,
+    prompts: Sequence[str],
+    truncate: bool,
+    cache: Path | None = None,
+    remedy: str = "have it cut by --truncate",
 ) -> Float[np.ndarray, "P F"]:
     """Encode prompts, each of them once, or read what an earlier call kept.
 
@@ -254,12 +258,13 @@ def encode_prompts(
       prompts: texts, some of them perhaps the same.
       truncate: whether prompts that are too long are cut instead of refused.
       cache: folder to keep the embeddings in, under the hash of all that they depend on.
+      remedy: what the message about a prompt that is too long advises.
 
     Raises:
       InputError: a prompt is too long.
     """
     unique = list(dict.fromkeys(prompts))
-    tokens = encoder.tokenizer(unique, truncate)
+    tokens = encoder.tokenizer(unique, truncate, remedy=remedy)
     place = None if cache is None else cache / f"{text_hash(encoder, *tokens)}.safetensors"
     if place is not None and place.is_file():
         embeds = read_safetensors(place)["text_embeds"]

@@ -144,7 +144,8 @@ def grade(encoder: Encoder, groups: Sequence[Group], batch_size: int, seed: int,
     texts = {ANYTHING, *(NAMING.format(word) for group in groups for word in group.words)}
     texts |= {text for group in groups for text in (group.prompt, group.stripped) if text}
     ordered = sorted(texts)
-    by_text = dict(zip(ordered, encode_prompts(encoder, ordered, truncate=False)))
+    remedy = "score by another text"
+    by_text = dict(zip(ordered, encode_prompts(encoder, ordered, truncate=False, remedy=remedy)))
     scale = float(encoder.model.params["logit_scale"])
 
     def embeds(chosen: Sequence[Path]) -> Embeds:
@@ -196,7 +197,7 @@ def _grade(
     margins = {word: presence_margins(drawn, by_text[NAMING.format(word)], anything, scale) for word in group.words}
     for word, margin in margins.items():
         add(f"presence_margin.{word}", margin)
-        figures[f"present.{word}"] = float((margin > 0).mean())
+        add(f"present.{word}", (margin > 0).astype(np.float64))
     if len(margins) > 1:
-        figures["all_present"] = float(np.all([margin > 0 for margin in margins.values()], axis=0).mean())
+        add("all_present", np.all([margin > 0 for margin in margins.values()], axis=0).astype(np.float64))
     return Graded(group, image, text, best, passed, figures)

@@ -56,7 +56,11 @@ def make_batches(
       process_count: number of slices.
     """
     length, sources = tokenizer.context_length, [*concepts, *priors]
-    ids_of = [tokenizer([spell_out(text, learned) for text in s.texts], length=length).input_ids for s in sources]
+    remedy = "give the word fewer --vectors-per-token"
+    ids_of = [
+        tokenizer([spell_out(text, learned) for text in s.texts], length=length, remedy=remedy).input_ids
+        for s in sources
+    ]
     masked = any(source.masks is not None for source in sources)
     # Twice each, because both halves are means of their own.
     weight = np.tile(np.array([2, 2 * prior_weight], np.float32), batch_size // 2) if priors else None

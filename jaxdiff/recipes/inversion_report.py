@@ -72,7 +72,7 @@ def write_outputs(
     report = Report(
         "Textual inversion",
         f"New words for a frozen model, from a few pictures each (arXiv 2208.01618).{note}",
-        [Figure(str(len(rows)), "words learned"), Figure(f"{training.train_steps:,}", "steps")],
+        [Figure(str(len(rows)), "words learned"), Figure(f"{figures['steps']:,}", "steps")],
         sections,
         facts_of(record),
     )
@@ -91,6 +91,7 @@ def figures_of(
     for word, row in rows.items():
         figures[f"norm.{word}"] = float(np.linalg.norm(row, axis=1).mean())
         figures[f"moved.{word}"] = float(np.linalg.norm(row - parts.start[word], axis=1).mean())
+    figures["steps"] = max((line["step"] for line in lines), default=0)
     if losses:
         figures |= {"final_loss": losses[-1][1], "images_per_second": float(np.median(rates))}
     checked = [line for line in lines if "validation_loss" in line]

@@ -140,7 +140,8 @@ def make_process(
         timesteps = timestep_spacing(chosen, num_steps + left_out, schedule, offset, whole=not of_levels)[:num_steps]
         if spacing == "leading":
             check_reach(timesteps, schedule)
-        walk = with_final(timesteps, final)
+        # A step from t = 0 to t = 0 changes nothing, and linspace's and karras' timesteps end there.
+        walk = with_final(timesteps[timesteps > final], final)
     except ValueError as error:
         raise InputError(f"--num-steps {num_steps}, {chosen} spacing: {error}") from error
     # diffusers' samplers of noise levels start from x_T / alpha_T = level eps, not sqrt(level^2 + 1) eps.
