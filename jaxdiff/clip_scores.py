@@ -60,6 +60,8 @@ class Config:
     def __post_init__(self):
         for name in ("count", "batch_size"):
             require_at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        tiny = self.model == "tiny-digits"
+        require(self.revision is None or not tiny, "--revision has no effect with --model tiny-digits: drop it")
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
         if self.task is not None:
             require(self.references is not None, "--task needs --references, which holds a folder for each key")
@@ -77,6 +79,7 @@ class Config:
             not self.token or self.token in self.prompt, f"--token {self.token!r} is not in --prompt {self.prompt!r}"
         )
         require(all(word.strip() for word in self.words), "--words: one is empty")
+        require(len(set(self.words)) == len(self.words), "--words: give each word once")
 
 
 def run(config: Config) -> list[Path]:
@@ -103,7 +106,8 @@ def run(config: Config) -> list[Path]:
     if graded is None:
         return []
     for result in graded:
-        scores = [f"{name} {result.figures[name]:.2f}" for name in SHOWN if name in result.figures]
+        shown = [*SHOWN, *(f"present.{word}" for word in result.group.words)]
+        scores = [f"{name} {result.figures[name]:.2f}" for name in shown if name in result.figures]
         verdict = {None: "", True: "PASS ", False: "FAIL "}[result.passed]
         print(f"{result.group.name}: {verdict}{', '.join(scores)}")
     written = write_outputs(make_folder(config.out), encoder, graded, as_json(config), started)

@@ -29,6 +29,7 @@ BEAT_SECONDS = 1.0
 BARRIER_SECONDS = 7 * 24 * 3600
 NEWS = "jaxdiff-news"
 """Folder of the coordinator's store that process 0 writes and the others read."""
+COMMAND = "jaxdiff-command"
 BEATS = "jaxdiff-beats"
 """The folder that every process writes and process 0 reads."""
 
@@ -129,9 +130,28 @@ def join(settings: ProcessSettings) -> None:
         ) from error
     state = distributed.global_state
     if state.num_processes > 1:
+        _check_same_command(state.client, state.process_id)
         _group = _Group(state.client, state.process_id, state.num_processes)
         if state.process_id:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _check_same_command(client: Any, index: int) -> None:
+    """Raise InputError where this process was not started by the command line of process 0, --distributed aside."""
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word == "--distributed":
+            next(given, None)
+        elif not word.startswith("--distributed="):
+            words.append(word)
+    mine = json.dumps(words)
+    if index == 0:
+        client.key_value_set(COMMAND, mine, allow_overwrite=True)
+    elif (theirs := client.blocking_key_value_get(COMMAND, BARRIER_SECONDS)) != mine:
+        raise InputError(
+            f"--distributed: process {index} was started with {' '.join(words)}, process 0 with "
+            f"{' '.join(json.loads(theirs))}: give all the same flags"
+        )
 
 
 def count() -> int:

@@ -125,6 +125,12 @@ class InversionSettings(OptimizationSettings):
             not self.prior or self.batch_size % 2 == 0,
             f"--prior fills every second place of a batch: --batch-size must be even, got {self.batch_size}",
         )
+        scored = (self.train_steps - 1) // self.sample_every
+        require(
+            self.patience is None or self.patience < scored,
+            f"--patience {self.patience} can never end this run, which scores {scored} times on its way: sample more "
+            "often by --sample-every",
+        )
         _ = self.pictures  # refuses what cannot be drawn
 
     @property

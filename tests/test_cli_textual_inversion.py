@@ -323,6 +323,10 @@ def test_without_flags_a_digit_is_learned_that_the_tiny_world_cannot_name(tmp_pa
             ("--concept=<a>:thing:digit", "--value-learning-rate=1", "--learning-rate=1"),
             "--learning-rate has no effect with --value-learning-rate",
         ),
+        (
+            ("--concept=<a>:thing:digit", "--score-model=x", "--patience=3"),
+            "can never end this run, which scores 3",
+        ),
         (("--concept=<a>:thing:digit", "--captions=x"), "--captions has no effect without two --adapters"),
         (("--concept=<a>:thing:digit", "--size=21"), "must be a multiple of 4 pixels, got 21"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),

@@ -50,6 +50,15 @@ def test_reads_from_memory():
     assert read_image(io.BytesIO(file.getvalue())).shape == (4, 5, 3)
 
 
+def test_a_picture_is_turned_as_the_camera_was_held_where_that_is_asked_for(tmp_path):
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its top is at the right
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", upright=True), np.rot90(pixels, -1))
+
+
 def test_write_then_read(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     write_png(tmp_path / "below" / "a.png", pixels)

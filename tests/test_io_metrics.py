@@ -77,3 +77,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert sorted(read_board(tmp_path / "tensorboard")) == [1, 2, 3]
     write_steps(tmp_path, 3, range(4, 9))
     assert sorted(read_board(tmp_path / "tensorboard")) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", '{"step": "2"}', "3"])
+def test_what_is_no_line_of_a_log_ends_it(tmp_path, line):
+    (tmp_path / metrics.METRICS).write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    assert metrics.read_lines(tmp_path / metrics.METRICS) == [{"step": 1, "loss": 2.0}]

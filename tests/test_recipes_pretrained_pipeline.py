@@ -421,3 +421,15 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(folder, tmp_path, spoil, 
     spoil(tmp_path / "copy")
     with pytest.raises(InputError, match=re.escape(sentence)):
         FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "copy")
+
+
+def test_every_sampler_walks_every_spacing_down_to_the_end(loaded):
+    model = loaded[0].model
+    for sampler in ("pndm", "ddim"):
+        for spacing in ("leading", "trailing", "linspace"):
+            walk = make_process(model, sampler, 10, spacing).timesteps
+            assert (np.diff(walk) < 0).all()
+            assert walk[-1] == model.defaults.final
+    assert (np.diff(make_process(model, "ddim", 10, "karras").timesteps) < 0).all()
+    with pytest.raises(InputError, match="PNDM takes equal steps only"):
+        make_process(model, "pndm", 10, "karras")

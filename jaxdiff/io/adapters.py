@@ -44,6 +44,19 @@ class Adapter(NamedTuple):
     deltas: Deltas
 
 
+def at_rank(matrix: Float[np.ndarray, "n m"], rank: int | None) -> Float[np.ndarray, "n m"]:
+    """Return the nearest matrix of a rank, or, where it is None, the matrix itself."""
+    if rank is None or rank >= min(matrix.shape):
+        return matrix
+    left, right = _factors(matrix, rank)
+    return left @ right
+
+
+def _factors(matrix: Float[np.ndarray, "n m"], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    left, values, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    return (left[:, :rank] * values[:rank]).astype(np.float32), right[:rank].astype(np.float32)
+
+
 def write_adapter(path: Path, adapter: Adapter, rank: int | None = None) -> None:
     """Write an adapter.
 
@@ -58,9 +71,7 @@ def write_adapter(path: Path, adapter: Adapter, rank: int | None = None) -> None
         if rank is None or rank >= min(whole.shape):
             tensors[f"{UNET}{name}"] = whole
         else:
-            left, values, right = np.linalg.svd(whole.astype(np.float64), full_matrices=False)
-            tensors[f"{UNET}{name}{LEFT}"] = (left[:, :rank] * values[:rank]).astype(np.float32)
-            tensors[f"{UNET}{name}{RIGHT}"] = right[:rank].astype(np.float32)
+            tensors[f"{UNET}{name}{LEFT}"], tensors[f"{UNET}{name}{RIGHT}"] = _factors(whole, rank)
     write_safetensors(path, tensors, {"format": FORMAT, "version": VERSION, "base": adapter.base})
 
 

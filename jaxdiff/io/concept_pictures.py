@@ -45,6 +45,8 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
 """Neutral texts around a learned word, after arXiv 2208.01618, section 3."""
 LEAST_CROP = 0.7
 """Smallest random crop, as a share of the shorter side."""
+MAX_PIXELS = 64_000_000
+"""A photograph of a telephone may have so many; no more are decoded."""
 LEAST_SIDE = 8
 """Pixels; smaller pictures show nothing."""
 
@@ -160,7 +162,7 @@ def read_views(
     cropped, cropped_shown, faults = [], [], []
     for path in pictures(folder.expanduser()):
         try:
-            pixels = read_image(path)
+            pixels = read_image(path, MAX_PIXELS, upright=True)
             if min(pixels.shape[:2]) < LEAST_SIDE:
                 raise OSError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, too few to show anything")
         except OSError as error:
@@ -193,7 +195,7 @@ def read_mask(folder: Path, picture: Path, shape: tuple[int, ...]) -> UInt8[np.n
     if len(named) != 1:
         raise InputError(f"--mask {folder}: must hold one mask named {picture.stem}, holds {len(named)}")
     try:
-        mask = read_image(named[0])
+        mask = read_image(named[0], MAX_PIXELS, upright=True)
     except OSError as error:
         raise InputError(f"--mask {named[0]}: {error}") from error
     if mask.shape[:2] != shape:

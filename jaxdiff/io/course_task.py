@@ -54,7 +54,7 @@ def read_task(path: Path, graded: bool = True) -> tuple[TaskConcept, ...]:
 
 
 def _read_concept(path: Path, key: str, value: Any, graded: bool) -> TaskConcept:
-    if not isinstance(value, Mapping) or not key or {"/", "\\"} & set(key) or key.startswith("."):
+    if not isinstance(value, Mapping) or not key or {"/", "\\"} & set(key) or key[0] == "." or not key.isprintable():
         raise InputError(f"{path}: {key!r} must be the name of a folder, and an object")
     source, token = (_text(path, key, value, name) for name in ("src_image", "token_name"))
     prompts = _texts(path, key, value, "prompt")

@@ -1,6 +1,7 @@
 """Pictures between files (uint8, 0..255) and networks (float, [-1, 1]); the only place where the two ranges meet."""
 
 import os
+import struct
 import warnings
 from collections.abc import Mapping
 from io import BytesIO
@@ -12,7 +13,7 @@ from jaxtyping import Float, Num, UInt8
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 16_000_000
 """Pictures with more pixels than this are refused before they are decoded (decompression bombs)."""
 
 # `read_image` refuses such a picture itself. Set once: warnings.catch_warnings is not safe in threads.
@@ -36,8 +37,13 @@ def stretch_to_uint8(images: Float[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, 
     return np.rint((images - low) / np.where(high > low, high - low, 1.0) * 255).astype(np.uint8)
 
 
-def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode one picture as RGB, upright: cameras say in the file which way they were held.
+def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode one picture as RGB.
+
+    Args:
+      file: to read.
+      max_pixels: that it may have.
+      upright: turn it as the camera says that it was held.
 
     Raises:
       OSError: missing, truncated, no picture, more than 8 bits a channel, or more pixels than `max_pixels`; the message
@@ -51,8 +57,8 @@ def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS) -> UInt8[np.n
             if image.mode[0] in "IF":
                 # Pillow would clip instead of scale.
                 raise OSError("more than 8 bits a channel")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
+    except (Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
         raise OSError(f"not a readable picture ({error})") from error
 
 

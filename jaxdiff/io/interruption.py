@@ -20,6 +20,8 @@ SAME = 0.5
 INTERRUPTED = 130
 """Exit code of an interrupted command."""
 
+_watched = threading.Event()
+"""Set while a thread is told of every signal."""
 _at_stake = threading.Event()
 """Set while there is work that a stop must save first."""
 
@@ -46,10 +48,13 @@ class StopRequest:
         _at_stake.set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            return  # the thread ends the process, unless it is the first one again
         self.requested = True
-        # The system itself obeys the second one, because Python would only do so after the running computation.
-        for other in self._previous:
-            signal.signal(other, signal.SIG_DFL)
+        if not _watched.is_set():
+            # The system itself obeys the second one, because Python would only do so after the running computation.
+            for other in self._previous:
+                signal.signal(other, signal.SIG_DFL)
         # Not print: this may run in the middle of another print, which Python's files do not allow.
         os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
@@ -67,9 +72,11 @@ def obey_signals(sentence: str) -> Iterator[None]:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(reading, sentence), daemon=True)
     thread.start()
+    _watched.set()
     try:
         yield
     finally:
+        _watched.clear()
         signal.set_wakeup_fd(before)
         signal.signal(signal.SIGTERM, handler)
         os.close(writing)  # ends the thread

@@ -60,12 +60,15 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the logged lines in order; a last line cut short by a crash is left out."""
+    """Return the logged lines in order, up to the first that is none: a crash may cut the last one short."""
     lines = []
     if path.exists():
         for text in path.read_text(errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
                 break
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                break
+            lines.append(line)
     return lines

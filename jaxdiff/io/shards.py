@@ -41,9 +41,14 @@ class Shards:
         path = self.folder / ABOUT
         if path.exists() and read_json(path) == json.loads(json.dumps(about)):  # JSON has no tuples
             return
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not path.exists():
+        there = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        if any(not entry.name.startswith(ABOUT) for entry in there) and not path.exists():
             raise InputError(f"{self.folder}: has no {ABOUT}, so it may not be jaxdiff's to empty; remove it")
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # What says whose they are goes last, so that one who is killed here may go on.
+        for entry in there:
+            if entry != path:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        path.unlink(missing_ok=True)
         make_folder(self.folder)
         write_json(path, about)
 

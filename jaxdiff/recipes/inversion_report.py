@@ -19,6 +19,7 @@ from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, of_all, split_train
 from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_report import shrink, strip
+from jaxdiff.recipes.value_adapters import of_words
 from jaxdiff.textual_inversion_settings import InversionSettings
 
 WORDS, ADAPTER = "learned_embeds.safetensors", "adapter.safetensors"
@@ -43,6 +44,8 @@ def write_outputs(
     pictures = draw_pictures(parts, training, trained)
     write_png(out / "grid.png", make_grid(pictures, prompts, "With the learned words"))
     lines = read_lines(out / METRICS)
+    if parts.score is not None:
+        lines.append({"step": max((line["step"] for line in lines), default=0), "image_score": parts.score(pictures)})
     figures = figures_of(parts, rows, deltas, lines)
     figures["seconds"] = time.perf_counter() - started
     hashes = {
@@ -71,7 +74,8 @@ def write_outputs(
     note = f" {parts.drawing.note}".rstrip()
     report = Report(
         "Textual inversion",
-        f"New words for a frozen model, from a few pictures each (arXiv 2208.01618).{note}",
+        f"New words{' and matrices' if deltas else ''} for a model that stays as it is otherwise, from a few pictures "
+        f"each (arXiv {'2510.04668' if of_words(deltas) else '2212.04488' if deltas else '2208.01618'}).{note}",
         [Figure(str(len(rows)), "words learned"), Figure(f"{figures['steps']:,}", "steps")],
         sections,
         facts_of(record),

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
+from jaxdiff.io.adapters import at_rank
 from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.concept_pictures import Concept, texts_of
@@ -141,6 +142,8 @@ def prepare_inversion(
         return first[0]
 
     drawing = leader_first(lambda: prepare(model, training.pictures, own_mesh(mesh), learn))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen[0]))
+    print(f"the model's weights take {size / 1e9:.2f} GB; what learning takes beside them, --dry-run tells")
     deltas = first_deltas(frozen[0], list(first[0]), training)
     if training.value_learning_rate is not None:
         drawing = replace(drawing, model=give_values(drawing.model, drawing.tokenizer, first[0]))
@@ -285,7 +288,9 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
     finally:
         checkpoints.close()
         log.close()
-    return {name: np.asarray(leaf) for name, leaf in parts.finish(bring_home(state.ema_params, mesh)).items()}
+    finished = {name: np.asarray(leaf) for name, leaf in parts.finish(bring_home(state.ema_params, mesh)).items()}
+    # All that is drawn and written shows the matrices as they are kept.
+    return {n: leaf if n in parts.words else at_rank(leaf, training.adapter_rank) for n, leaf in finished.items()}
 
 
 def prompts_of(parts: InversionParts, training: InversionSettings) -> list[str]:

@@ -79,7 +79,8 @@ def merge_deltas(
     gram = np.zeros((model.unet.config.cross_attention_dim,) * 2)
     encode = jax.jit(lambda params, ids: encode_texts(model, params, ids).astype(jnp.float32))
     for first in range(0, len(captions), AT_ONCE):
-        ids = tokenizer(list(captions[first : first + AT_ONCE]), length=length).input_ids
+        some = list(captions[first : first + AT_ONCE])
+        ids = tokenizer(some, length=length, remedy="leave it out of --captions").input_ids
         features = np.asarray(encode(params, ids), np.float64).reshape(-1, len(gram))
         gram += features.T @ features
     own = [features_of_words(model, params, tokenizer, adapter.words) for adapter in adapters]

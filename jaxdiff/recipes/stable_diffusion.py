@@ -129,6 +129,8 @@ def make_process(
     schedule = model.diffusion.make_schedule()
     step = DDIM(eta) if eta is not None else REVERSE_PROCESSES[name]
     chosen = spacing or defaults.spacing
+    if name == "pndm" and chosen == "karras":
+        raise InputError("--spacing karras: PNDM takes equal steps only (arXiv 2202.09778); choose another --sampler")
     # diffusers moves all leading timesteps of Stable Diffusion up by 1, whatever the file says.
     offset = 1 if chosen == "leading" else 0
     of_levels = name in ("euler", "heun") and chosen in ("linspace", "trailing")
