@@ -15,6 +15,7 @@ import pytest
 import jaxdiff
 from jaxdiff.errors import InputError
 from jaxdiff.io import runs
+from jaxdiff.io.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def test_a_folder_that_can_be_made_is_only_looked_for(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_make_folder_leaves_nothing_in_it(tmp_path):
-    assert list(runs.make_folder(tmp_path / "a" / "b").iterdir()) == []
+def test_make_folder_leaves_its_lock_alone_in_it(tmp_path):
+    assert [path.name for path in runs.make_folder(tmp_path / "a" / "b").iterdir()] == [".lock"]
 
 
 def test_starting_over_deletes_the_run_and_nothing_else(tmp_path):
@@ -242,6 +243,10 @@ def test_a_second_process_is_refused_until_the_first_has_ended_however_it_ended(
             sentence = rf"another run is writing there \(process {process.pid} on .*\); wait for its end"
             with pytest.raises(InputError, match=sentence):
                 runs.open_run(tmp_path, {"steps": 4}, start_over=start_over)
+            with pytest.raises(InputError, match=sentence):
+                runs.make_folder(tmp_path)
+            with pytest.raises(InputError, match=sentence):
+                Shards(tmp_path / "shards", dict, 1)
         assert runs.read_json(tmp_path / "config.json") == {"steps": 3}
     finally:
         process.kill()

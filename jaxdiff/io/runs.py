@@ -43,8 +43,6 @@ def open_run(folder: Path, config: Mapping[str, Any], free: Collection[str] = ()
         is to be started over but holds things that no run of jaxdiff left there.
     """
     folder = make_folder(folder)
-    if is_leader():
-        hold_folder(folder)
     if start_over:
         _delete_run(folder, config)
     check_config(folder, config, free)
@@ -89,10 +87,12 @@ def check_writable(folder: Path, flag: str = "--out") -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create a folder, prove that it can be written, and return its absolute path.
+    """Create a folder, prove that it can be written, hold it until this process ends, and return its absolute path.
+
+    Of several processes of one command the first holds it for all.
 
     Raises:
-      InputError: it is a file, or not writable.
+      InputError: it is a file, not writable, or held by another process.
     """
     folder = folder.expanduser().resolve()
     try:
@@ -101,6 +101,8 @@ def make_folder(folder: Path) -> Path:
             pass
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    if is_leader():
+        hold_folder(folder)
     return folder
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.runs import make_folder, read_json, write_json
+from jaxdiff.io.run_lock import hold_folder
+from jaxdiff.io.runs import read_json, write_json
 from jaxdiff.io.weights import read_safetensors, write_safetensors
 from jaxdiff.processes import barrier, on_leader, own_share
 
@@ -38,10 +39,12 @@ class Shards:
         on_leader(lambda: self._clear(about()))
 
     def _clear(self, about: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        hold_folder(self.folder.parent)
         path = self.folder / ABOUT
         if path.exists() and read_json(path) == json.loads(json.dumps(about)):  # JSON has no tuples
             return
-        there = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        there = list(self.folder.iterdir())
         if any(not entry.name.startswith(ABOUT) for entry in there) and not path.exists():
             raise InputError(f"{self.folder}: has no {ABOUT}, so it may not be jaxdiff's to empty; remove it")
         # What says whose they are goes last, so that one who is killed here may go on.
@@ -49,7 +52,6 @@ class Shards:
             if entry != path:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         path.unlink(missing_ok=True)
-        make_folder(self.folder)
         write_json(path, about)
 
     def missing(self) -> Iterator[int]:
