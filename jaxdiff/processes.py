@@ -130,8 +130,8 @@ def join(settings: ProcessSettings) -> None:
         ) from error
     state = distributed.global_state
     if state.num_processes > 1:
-        _check_same_command(state.client, state.process_id)
         _group = _Group(state.client, state.process_id, state.num_processes)
+        _check_same_command(state.client, state.process_id)  # refused as any other input, having told the others
         if state.process_id:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -147,7 +147,7 @@ def _check_same_command(client: Any, index: int) -> None:
     mine = json.dumps(words)
     if index == 0:
         client.key_value_set(COMMAND, mine, allow_overwrite=True)
-    elif (theirs := client.blocking_key_value_get(COMMAND, BARRIER_SECONDS)) != mine:
+    elif (theirs := client.blocking_key_value_get(COMMAND, BARRIER_SECONDS * 1000)) != mine:
         raise InputError(
             f"--distributed: process {index} was started with {' '.join(words)}, process 0 with "
             f"{' '.join(json.loads(theirs))}: give all the same flags"

@@ -1,6 +1,6 @@
 """Inject faults into jaxdiff and count what comes of them; the exit code is 1 where a promise is broken.
 
-    python scripts/chaos.py --out runs/chaos        # the whole table, under 20 minutes on two cores
+    python scripts/chaos.py --out runs/chaos        # the whole table
     python scripts/chaos.py --only killed --share 0.1
 
 Prints the table of docs/chaos.md and writes it to --out as chaos.md and chaos.json. Linux only, best as root: without

@@ -289,6 +289,8 @@ def find_damage(folder: Path) -> str | None:
     """
     try:
         expected = json.loads((folder / DIGESTS).read_text())
+        if not expected:
+            return f"{DIGESTS} names no file"
         for name, digest in expected.items():
             if file_sha256(folder / name) != digest:
                 return f"{name} has changed since it was written"
