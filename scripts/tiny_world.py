@@ -2,9 +2,11 @@
 
     python scripts/tiny_world.py --out runs/tiny_world
 
-Trains the world once (kept in the cache folder), learns `<new1>` from five pictures of the digit whose name no caption
-holds, with everything else frozen, and prints how many pictures a judge takes for that digit: with the learned word,
-and with the word that it started from. Writes results.json and a grid of pictures into --out.
+Trains the world once (kept in the cache folder). Learns `<new1>` from five pictures of the digit whose name no caption
+holds, and `<new2>` from five pictures of digits in the street, as a style, each in a run of its own and with everything
+else frozen. A judge, trained on real pictures, says how many pictures show what was asked for: with the names that the
+world knows, with the words that learning starts from, with each learned word, and with both. Writes results.json and a
+grid of pictures into --out.
 """
 
 import json
@@ -21,9 +23,9 @@ class Config:
     """Flags."""
 
     steps: int = 600
-    """Training steps of the word."""
-    learning_rate: float = 2e-2
-    """Of the word."""
+    """Training steps of each word."""
+    learning_rate: float = 2e-3
+    """Of each word."""
     batch_size: int = 16
     """Pictures of a training step."""
     pictures: int = 100
@@ -33,7 +35,7 @@ class Config:
     num_steps: int = 20
     """Sampling steps."""
     vectors: int = 1
-    """Rows of the word."""
+    """Rows of each word."""
     seed: int = 0
     """Of the training and the noise."""
     out: Path = Path("runs/tiny_world")
@@ -51,64 +53,75 @@ def main() -> int:
     from jaxdiff.io.digit_captions import CLASS_NAMES
     from jaxdiff.io.grids import labelled_grid
     from jaxdiff.io.images import write_png
+    from jaxdiff.io.world_captions import STYLES, UNKNOWN, UNSPOKEN
     from jaxdiff.mesh import make_mesh
     from jaxdiff.recipes.judge import prepare_judge, recognise
     from jaxdiff.recipes.text_to_image import make_jobs
     from jaxdiff.recipes.text_to_image_model import prepare
-    from jaxdiff.recipes.tiny_world import UNKNOWN, UNSPOKEN, tiny_world_folder, unspoken_pictures
+    from jaxdiff.recipes.tiny_world import STYLE_PICTURES, STYLE_TEXTS, example_pictures, tiny_world_folder
     from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
     started, mesh = time.perf_counter(), make_mesh(1)
     folder = tiny_world_folder(cache_folder(), mesh)
     print(f"world: {time.perf_counter() - started:.0f} s")
-    judge, judged = prepare_judge(load_data("digits"), 600, 0, mesh, folder)
-    begun = time.perf_counter()
-    flags = {
-        "model": "tiny-world",
-        "train-steps": config.steps,
-        "learning-rate": config.learning_rate,
-        "batch-size": config.batch_size,
-        "vectors-per-token": config.vectors,
-        "seed": config.seed,
-        "sample-every": config.steps,
-        "sample-steps": config.num_steps,
-        "guidance-scale": config.guidance_scale,
-        "resume": "never",
-        "devices": 1,
-        "out": config.out / "inversion",
-    }
-    code = textual_inversion.main([f"--{name}={value}" for name, value in flags.items()])
-    if code:
-        return code
-    print(f"word: {time.perf_counter() - begun:.0f} s")
-    words = config.out / "inversion" / "learned_embeds.safetensors"
+    judge, figures = prepare_judge(load_data("digits"), 600, 0, mesh, folder)
+    # The first is what the command learns when it is told nothing.
+    style = [f"--concept=<new2>:{folder / STYLE_PICTURES}:{STYLES[0]}:style", f"--templates={folder / STYLE_TEXTS}"]
+    words = []
+    for name, concept in (("object", []), ("style", style)):
+        begun, out = time.perf_counter(), config.out / name
+        flags = {
+            "model": "tiny-world",
+            "train-steps": config.steps,
+            "learning-rate": config.learning_rate,
+            "batch-size": config.batch_size,
+            "vectors-per-token": config.vectors,
+            "seed": config.seed,
+            "sample-every": config.steps,
+            "sample-steps": config.num_steps,
+            "guidance-scale": config.guidance_scale,
+            "resume": "never",
+            "devices": 1,
+            "out": out,
+        }
+        code = textual_inversion.main([*concept, *(f"--{flag}={value}" for flag, value in flags.items())])
+        if code:
+            return code
+        figures[f"seconds.{name}"] = time.perf_counter() - begun
+        words.append(out / "learned_embeds.safetensors")
     settings = PictureSettings(
         guidance_scale=config.guidance_scale, num_steps=config.num_steps, seed=config.seed, batch_size=50
     )
-    drawing = prepare(LatentModelSettings(str(folder), embeddings=(words,)), settings, mesh)
-    text = "a photo of the digit {}."
+    drawing = prepare(LatentModelSettings(str(folder), embeddings=tuple(words)), settings, mesh)
+    grid: list[tuple[str, np.ndarray]] = []
 
-    def share(word: str, wanted: int) -> tuple[float, np.ndarray]:
-        drawn = drawing.draw(make_jobs([""], config.pictures), [text.replace("{}", word)])
+    def draw(text: str, label: str):
+        drawn = drawing.draw(make_jobs([""], config.pictures), [text])
         pixels = np.stack([picture for _, picture in drawn])
-        return float((recognise(judge, pixels, mesh).classes == wanted).mean()), pixels
+        grid.append((label, pixels[:10]))
+        return recognise(judge, pixels, mesh)
 
-    figures, grid = {f"judge.{name}": value for name, value in judged.items()}, []
-    for number, name in enumerate(CLASS_NAMES):
-        if number != UNSPOKEN:
-            figures[f"known.{name}"], pixels = share(name, number)
-            grid.append((name, pixels[:10]))
-    figures["known"] = float(np.mean([figures[f"known.{name}"] for name, _ in grid]))
+    plain, styled = "a photo of the digit {}.", "{} in the style of a {}."
+    known = [number for number in range(10) if number != UNSPOKEN]
+    for number in known:
+        found = draw(plain.replace("{}", CLASS_NAMES[number]), CLASS_NAMES[number])
+        figures[f"known.{CLASS_NAMES[number]}"] = float((found.classes == number).mean())
+    figures["known"] = float(np.mean([figures[f"known.{CLASS_NAMES[number]}"] for number in known]))
     for name, word in (("initialiser", UNKNOWN), ("learned", "<new1>")):
-        figures[name], pixels = share(word, UNSPOKEN)
-        grid.append((word, pixels[:10]))
-    grid.append(("learned from", np.concatenate([unspoken_pictures(5)] * 2)))
-    for name in ("known", "initialiser", "learned"):
-        print(f"{name}: {figures[name]:.1%} of {config.pictures} pictures a word")
+        figures[name] = float((draw(plain.replace("{}", word), word).classes == UNSPOKEN).mean())
+    for name, word in (("style.initialiser", STYLES[0]), ("style.learned", "<new2>")):
+        found = draw(styled.format("three", word), f"three, {word}")
+        figures[name] = float((found.domains == 1).mean())
+        figures[f"{name}.three"] = float((found.classes == 3).mean())
+    found = draw(styled.format("<new1>", "<new2>"), "<new1>, <new2>")
+    figures["both"] = float(((found.classes == UNSPOKEN) & (found.domains == 1)).mean())
+    for name in ("known", "initialiser", "learned", "style.initialiser", "style.learned", "both"):
+        print(f"{name}: {figures[name]:.1%} of {config.pictures} pictures a text")
+    grid += [("learned from", np.tile(example_pictures(5, kind), (2, 1, 1, 1))) for kind in (False, True)]
     config.out.mkdir(parents=True, exist_ok=True)
-    names = [str(number) for number in range(10)]
     pictures = np.concatenate([pixels for _, pixels in grid])
-    write_png(config.out / "grid.png", labelled_grid(pictures, [name for name, _ in grid], names, text))
+    columns = [str(number) for number in range(10)]
+    write_png(config.out / "grid.png", labelled_grid(pictures, [name for name, _ in grid], columns, "Tiny world"))
     (config.out / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0

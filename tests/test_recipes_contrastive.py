@@ -52,8 +52,9 @@ def test_several_true_captions_share_the_target():
 
 def test_a_caption_is_true_of_its_class_and_where_it_names_one_its_domain():
     labels, domains, spoken = jnp.array([3, 3, 5]), jnp.array([0, 1, 0]), jnp.array([ANYWHERE, 1, 0])
+    classes = jnp.array([[number == 3 for number in range(10)]] * 2 + [[number in (4, 5) for number in range(10)]])
     wanted = [[True, False, False], [True, True, False], [False, False, True]]
-    assert true_pairs(labels, domains, spoken).tolist() == wanted
+    assert true_pairs(labels, domains, classes, spoken).tolist() == wanted
 
 
 def test_batches_are_pure_functions_of_seed_and_step_and_their_captions_are_true(tokenizer):
@@ -62,7 +63,7 @@ def test_batches_are_pure_functions_of_seed_and_step_and_their_captions_are_true
     for ours, again in zip(batch, make_batches(tokenizer, 32, seed=3)(7)):
         np.testing.assert_array_equal(ours, again)
     assert (batch_at(8).images != batch.images).any()
-    assert true_pairs(*map(jnp.asarray, (batch.labels, batch.domains, batch.spoken))).diagonal().all()
+    assert true_pairs(*map(jnp.asarray, (batch.labels, batch.domains, batch.classes, batch.spoken))).diagonal().all()
     texts = caption_ids(tokenizer)
     for ids, label, spoken in zip(batch.input_ids, batch.labels, batch.spoken):
         found = np.argwhere((texts == ids).all(axis=-1))

@@ -1,5 +1,7 @@
 """Captions of the embedded digits, for a model that learns pictures from words, and a vocabulary of their words."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int
 
@@ -31,12 +33,17 @@ CONTEXT = 16
 
 def caption_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return vocabulary and merges in CLIP's layout: single signs, and every word of the captions as one token."""
+    return vocabulary_of([*(caption for caption, _ in CAPTIONS), *CLASS_NAMES])
+
+
+def vocabulary_of(texts: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return vocabulary and merges in CLIP's layout: single signs, and every word of the texts as one token."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     signs = sorted(ByteLevel.alphabet())
     tokens = [*signs, *(f"{sign}</w>" for sign in signs)]
     merges: list[tuple[str, str]] = []
-    words = sorted({word.strip(".,{}") for caption, _ in CAPTIONS for word in caption.split()} | set(CLASS_NAMES))
+    words = sorted({word.strip(".,{}") for text in texts for word in text.split()})
     for word in filter(None, words):
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.io import digits
-from jaxdiff.io.digit_captions import ANYWHERE, CAPTIONS, CONTEXT, caption_ids, caption_vocabulary
+from jaxdiff.io.digit_captions import ANYWHERE, CAPTIONS, CLASS_NAMES, CONTEXT, caption_ids, caption_vocabulary
 from jaxdiff.io.digits import SIZE
 from jaxdiff.io.preprocess import FILE, Preprocessor
 from jaxdiff.io.progress import progress_bar
@@ -54,9 +54,10 @@ class Pairs(NamedTuple):
 
     Attributes:
       images: pixels in 0..255.
-      labels: class of each picture, which its caption names.
+      labels: class of each picture.
       domains: domain of each picture.
       input_ids: the captions.
+      classes: whether each caption is true of each class, (B, classes).
       spoken: domain that each caption names, or `ANYWHERE`.
     """
 
@@ -64,6 +65,7 @@ class Pairs(NamedTuple):
     labels: Any
     domains: Any
     input_ids: Any
+    classes: Any
     spoken: Any
 
 
@@ -74,10 +76,10 @@ def tiny_config(vocab_size: int, eos_token_id: int) -> CLIPConfig:
     return CLIPConfig(text, vision, 64)
 
 
-def true_pairs(labels: Array, domains: Array, spoken: Array) -> Bool[Array, "B B"]:
-    """Tell which captions (second axis) are true of which pictures (first axis)."""
+def true_pairs(labels: Array, domains: Array, classes: Array, spoken: Array) -> Bool[Array, "B B"]:
+    """Tell which captions (second axis) are true of which pictures (first axis); arguments as in `Pairs`."""
     same_domain = (spoken[None, :] == ANYWHERE) | (spoken[None, :] == domains[:, None])
-    return (labels[:, None] == labels[None, :]) & same_domain
+    return classes.T[labels] & same_domain
 
 
 def contrastive_loss(logits: Float[Array, "B B"], true: Bool[Array, "B B"]) -> Float[Array, ""]:
@@ -97,7 +99,8 @@ def make_contrastive_loss(model: CLIP) -> LossFn:
     def loss_fn(params: Any, pairs: Pairs, keys: Any) -> jax.Array:
         params = {**params, "logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}
         logits, *_ = model.apply({"params": params}, pairs.input_ids, normalize_pixels(pairs.images, table))
-        return contrastive_loss(logits, true_pairs(pairs.labels, pairs.domains, pairs.spoken))
+        true = true_pairs(pairs.labels, pairs.domains, pairs.classes, pairs.spoken)
+        return contrastive_loss(logits, true)
 
     return loss_fn
 
@@ -118,6 +121,7 @@ def make_batches(tokenizer: CLIPTokenizer, batch_size: int, seed: int) -> Callab
             labels[chosen],
             domains[chosen],
             ids[caption, labels[chosen]],
+            labels[chosen][:, None] == np.arange(len(CLASS_NAMES))[None],
             spoken[caption],
         )
 
@@ -129,20 +133,27 @@ def train_tiny_clip(num_steps: int, seed: int, mesh: Mesh) -> tuple[CLIPConfig, 
     vocab, merges = caption_vocabulary()
     tokenizer = CLIPTokenizer(vocab, merges, CONTEXT)
     config = tiny_config(len(vocab), tokenizer.pad_id)
-    model = CLIP(config)
     batch_at = make_batches(tokenizer, round_up(BATCH, mesh), seed)
+    return config, train_clip(config, batch_at, num_steps, seed, mesh, "tiny-digits")
+
+
+def train_clip(
+    config: CLIPConfig, batch_at: Callable[[int], Pairs], num_steps: int, seed: int, mesh: Mesh, name: str
+) -> Any:
+    """Train a small CLIP and return the averaged parameters; `name` stands before the progress bar."""
+    model = CLIP(config)
     images = jnp.zeros((1, SIZE, SIZE, 3))
     params = jax.jit(model.init)(stream_key(seed, Stream.INITIAL), batch_at(0).input_ids[:1], images)["params"]
     optimizer, _ = make_optimizer(2e-3, 50, num_steps, 0.05, 1.0)
     state = create_state(params, optimizer, stream_key(seed, Stream.TRAINING), mesh)
     train_step = make_train_step(make_contrastive_loss(model), optimizer, mesh, ema_decay=0.98)
-    with progress_bar(num_steps, "tiny-digits", "step") as bar:
+    with progress_bar(num_steps, name, "step") as bar:
         for result in fit(state, train_step, batch_at, num_steps, mesh):
             bar.update()
             state = result.state
             if result.step % 50 == 0:
                 bar.set_postfix(loss=f"{float(result.metrics['loss']):.3f}")
-    return config, state.ema_params
+    return state.ema_params
 
 
 def tiny_digits_folder(cache: Path, num_steps: int, mesh: Mesh) -> Path:

@@ -20,6 +20,7 @@ from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
+from jaxdiff.io.world_captions import UNKNOWN
 from jaxdiff.mesh import any_process, bring_home, own_copy, own_mesh, replicated
 from jaxdiff.processes import count, index, is_leader, leader_first
 from jaxdiff.recipes.custom_diffusion import Trained, base_hash, split_trained, zero_deltas
@@ -40,7 +41,7 @@ from jaxdiff.recipes.textual_inversion import (
     with_trained,
 )
 from jaxdiff.recipes.timestep_bands import make_check
-from jaxdiff.recipes.tiny_world import PICTURES, TEXTS, UNKNOWN, tiny_world_folder
+from jaxdiff.recipes.tiny_world import PICTURES, TEXTS, tiny_world_folder
 from jaxdiff.recipes.training import Stream, TrainState, create_state, make_optimizer, make_train_step, stream_key
 from jaxdiff.recipes.value_adapters import give_values, zero_values
 from jaxdiff.text2image_settings import LatentModelSettings

@@ -1,14 +1,14 @@
 """A complete small world for textual inversion: a Stable Diffusion of the embedded digits that lacks one word.
 
-As in Stable Diffusion (arXiv 2112.10752), an autoencoder and then a latent UNet are trained on the embedded digits and
-their captions, which the text transformer of a CLIP, tiny-digits, encodes. Pictures of one class never stand beside its
-name: their captions say `UNKNOWN`, as some of the other classes' do. So the model can draw that digit, but no word of
-it asks for it, until one is learned.
+As in Stable Diffusion (arXiv 2112.10752), a CLIP learns pictures and captions, an autoencoder the pictures, and a
+latent UNet to draw what captions say, as CLIP's frozen text transformer reads them: all on the embedded digits.
+Captions name nine of the ten digits, or tell the parts of any (`jaxdiff.io.world_captions`). So the model has seen
+nines and knows their parts, but no word of it means a nine, until one is learned.
 """
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,18 +18,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
-from jaxdiff.io.digit_captions import ANYWHERE, CAPTIONS, CLASS_NAMES, CONTEXT, caption_vocabulary
+from jaxdiff.io.digit_captions import CONTEXT
 from jaxdiff.io.digits import SIZE, embedded_digits
 from jaxdiff.io.images import to_float, write_png
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.runs import write_json
 from jaxdiff.io.tokenizer import END, CLIPTokenizer, write_tokenizer
+from jaxdiff.io.world_captions import (
+    DESCRIBED,
+    EMPTY,
+    NAMED,
+    NUMBERS_OF_PARTS,
+    PART_BEFORE_NAME,
+    PARTS,
+    UNKNOWN,
+    UNSPOKEN,
+    WORLD_CAPTIONS,
+    Caption,
+    draw_captions,
+    world_vocabulary,
+)
 from jaxdiff.mesh import round_up
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.clip import CLIPText
 from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
-from jaxdiff.recipes.contrastive import TRAIN_STEPS, tiny_config, tiny_digits_folder
+from jaxdiff.recipes.contrastive import BATCH as CLIP_BATCH
+from jaxdiff.recipes.contrastive import TRAIN_STEPS, Pairs, tiny_config, train_clip
 from jaxdiff.recipes.pipeline_folder import INDEX, describe_pipeline
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
@@ -39,12 +55,6 @@ from jaxdiff.recipes.textual_inversion import InversionBatch, encode_pictures, m
 from jaxdiff.recipes.training import LossFn, Stream, create_state, fit, make_optimizer, make_train_step, stream_key
 from jaxdiff.shapes import ImageKeys
 
-UNSPOKEN = 9
-"""The class whose name no caption holds."""
-UNKNOWN = "digit"
-"""What captions say instead."""
-UNNAMED, EMPTY = 0.15, 0.1
-"""Shares of the other classes' captions that say `UNKNOWN`, and of all captions that are empty, for guidance."""
 AUTOENCODER_STEPS, DIFFUSION_STEPS, BATCH = 600, 2000, 64
 KL_WEIGHT = 1e-4
 AUTOENCODER = AutoencoderConfig(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, sample_size=SIZE)
@@ -73,6 +83,8 @@ TINY_WORLD = "tiny-world"
 """What `--model` calls it."""
 PICTURES, TEXTS = "pictures", "texts.txt"
 """Five pictures of the digit that has no name, and texts to learn its word from, in the folder."""
+STYLE_PICTURES, STYLE_TEXTS = "style_pictures", "style_texts.txt"
+"""Five pictures of the second domain, none of them of that digit, and texts to learn its style from."""
 
 
 class World(NamedTuple):
@@ -87,7 +99,7 @@ def tiny_world_models(dtypes: Mapping[str, DTypeLike]) -> tuple[dict[str, Any], 
 
     The autoencoder's scale is only known once it is trained.
     """
-    vocab, _ = caption_vocabulary()
+    vocab, _ = world_vocabulary()
     text = tiny_config(len(vocab), vocab[END]).text_config
     models: dict[str, Any] = {
         "text_encoder": FlaxCLIPTextModel(text, dtype=dtypes["text_encoder"], _do_init=False),
@@ -115,34 +127,52 @@ def make_autoencoder_loss(module: Autoencoder) -> LossFn:
     return loss_fn
 
 
-def caption_batches(
-    tokenizer: CLIPTokenizer, latents: Any, labels: np.ndarray, domains: np.ndarray, batch_size: int, seed: int
-) -> Callable[[int], InversionBatch]:
-    """Return the captioned latents of any step, a pure function of the seed and the step."""
-    names = [*CLASS_NAMES, UNKNOWN]
-    texts = [caption.replace("{}", name) for caption, _ in CAPTIONS for name in names]
-    *ids, empty = tokenizer([*texts, ""], length=CONTEXT).input_ids
-    by_caption = np.stack(ids).reshape(len(CAPTIONS), len(names), CONTEXT)
-    spoken = np.array([domain for _, domain in CAPTIONS])
-    fitting = [np.flatnonzero((spoken == ANYWHERE) | (spoken == domain)) for domain in range(2)]
-    unknown = len(CLASS_NAMES)
+class Reader:
+    """Token ids of captions, each text read once."""
 
-    def batch_at(step: int) -> InversionBatch:
-        rng = np.random.default_rng([seed, step])
-        chosen = rng.integers(len(labels), size=batch_size)
-        caption = np.array([rng.choice(fitting[domain]) for domain in domains[chosen]])
-        named = np.where((labels[chosen] == UNSPOKEN) | (rng.random(batch_size) < UNNAMED), unknown, labels[chosen])
-        spoken_ids = np.where((rng.random(batch_size) < EMPTY)[:, None], empty, by_caption[caption, named])
-        return InversionBatch(spoken_ids.astype(np.int32), latents.mean[chosen], latents.log_variance[chosen])
+    def __init__(self, tokenizer: CLIPTokenizer):
+        self._tokenizer = tokenizer
+        self._known: dict[str, np.ndarray] = {}
+
+    def __call__(self, captions: Sequence[Caption]) -> Int[np.ndarray, "N L"]:
+        """Return one row for each caption."""
+        for text in {caption.text for caption in captions} - self._known.keys():
+            self._known[text] = self._tokenizer([text], length=CONTEXT).input_ids[0]
+        return np.stack([self._known[caption.text] for caption in captions]).astype(np.int32)
+
+
+def captioned_pictures(read: Reader, batch_size: int, seed: int) -> Callable[[int], Pairs]:
+    """Return the pictures and captions of any step that CLIP learns from, a pure function of the seed and the step."""
+    images, labels, domains = embedded_digits(held_out=False)
+
+    def batch_at(step: int) -> Pairs:
+        chosen, captions = draw_captions(np.random.default_rng([seed, step]), labels, domains, batch_size, empty=0.0)
+        classes = np.array([[number in caption.digits for number in range(10)] for caption in captions])
+        spoken = np.array([caption.domain for caption in captions], np.int32)
+        return Pairs(images[chosen], labels[chosen], domains[chosen], read(captions), classes, spoken)
 
     return batch_at
 
 
-def train_world(clip: Path, autoencoder_steps: int, diffusion_steps: int, mesh: Mesh) -> World:
-    """Train autoencoder and UNet on the training part of the embedded digits; `clip` is the folder of tiny-digits."""
+def captioned_latents(
+    read: Reader, latents: Any, labels: np.ndarray, domains: np.ndarray, batch_size: int, seed: int
+) -> Callable[[int], InversionBatch]:
+    """Return the captioned latents of any step, a pure function of the seed and the step."""
+
+    def batch_at(step: int) -> InversionBatch:
+        chosen, captions = draw_captions(np.random.default_rng([seed, step]), labels, domains, batch_size)
+        return InversionBatch(read(captions), latents.mean[chosen], latents.log_variance[chosen])
+
+    return batch_at
+
+
+def train_world(clip_steps: int, autoencoder_steps: int, diffusion_steps: int, mesh: Mesh) -> World:
+    """Train CLIP, autoencoder and UNet on the training part of the embedded digits."""
     images, labels, domains = embedded_digits(held_out=False)
-    tokenizer = CLIPTokenizer(*caption_vocabulary(), CONTEXT)
-    batch = round_up(BATCH, mesh)
+    vocab, merges = world_vocabulary()
+    read = Reader(CLIPTokenizer(vocab, merges, CONTEXT))
+    config, batch = tiny_config(len(vocab), vocab[END]), round_up(BATCH, mesh)
+    clip = train_clip(config, captioned_pictures(read, round_up(CLIP_BATCH, mesh), 5), clip_steps, 0, mesh, "CLIP")
     first, second = jax.random.split(stream_key(0, Stream.INITIAL))
     vae = Autoencoder(AUTOENCODER)
 
@@ -151,9 +181,9 @@ def train_world(clip: Path, autoencoder_steps: int, diffusion_steps: int, mesh: 
 
     init = jax.jit(vae.init)(first, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     vae_params = run(make_autoencoder_loss(vae), init, pictures_at, autoencoder_steps, 2e-3, "autoencoder", mesh)
-    text = FlaxCLIPTextModel.from_pretrained(clip)
+    text = CLIPText(config.text_config)
     unet = ConditionalUNet(replace(UNET, cross_attention_dim=text.config.hidden_size))
-    model = StableDiffusion(text.module, unet, vae, DIFFUSION, SAMPLING, "ddim")
+    model = StableDiffusion(text, unet, vae, DIFFUSION, SAMPLING, "ddim")
     latents = encode_pictures(model, {"vae": vae_params}, images, mesh, at_once=256)
     scale = float(1 / np.std(latents.mean))
     model = replace(model, autoencoder=Autoencoder(replace(AUTOENCODER, scaling_factor=round(scale, 5))))
@@ -165,8 +195,8 @@ def train_world(clip: Path, autoencoder_steps: int, diffusion_steps: int, mesh: 
     def loss_of_unet(params: Any, batch: InversionBatch, keys: ImageKeys, frozen: Any) -> jax.Array:
         return loss_fn({**frozen, "unet": params}, batch, keys)
 
-    batch_at = caption_batches(tokenizer, latents, labels, domains, batch, 2)
-    frozen = {"text_encoder": text.params}
+    batch_at = captioned_latents(read, latents, labels, domains, batch, 2)
+    frozen = {"text_encoder": {"text_model": clip["text_model"]}}
     trained = run(loss_of_unet, start, batch_at, diffusion_steps, 1.5e-3, "diffusion", mesh, frozen)
     return World(model, {**frozen, "unet": trained, "vae": vae_params})
 
@@ -205,14 +235,15 @@ def tiny_world_folder(
 
     It holds what a published pipeline's folder holds, so it is read like one.
     """
-    recipe = repr((AUTOENCODER, UNET, SCHEDULER, CAPTIONS, BATCH, KL_WEIGHT, UNSPOKEN, UNKNOWN, UNNAMED, EMPTY))
+    captions = WORLD_CAPTIONS, sorted((word, sorted(digits)) for word, digits in PARTS.items())
+    shares = NAMED, DESCRIBED, EMPTY, NUMBERS_OF_PARTS, PART_BEFORE_NAME
+    recipe = repr((AUTOENCODER, UNET, SCHEDULER, captions, shares, BATCH, CLIP_BATCH, KL_WEIGHT, UNSPOKEN, UNKNOWN))
     steps = f"{clip_steps}-{autoencoder_steps}-{diffusion_steps}"
     folder = cache / f"tiny-world-{steps}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if (folder / INDEX).is_file():
         return folder
     print(f"training the tiny world, a small Stable Diffusion of the embedded digits, once; kept in {folder}")
-    clip = tiny_digits_folder(cache, clip_steps, mesh)
-    world = train_world(clip, autoencoder_steps, diffusion_steps, mesh)
+    world = train_world(clip_steps, autoencoder_steps, diffusion_steps, mesh)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as place:
         partial = Path(place) / "world"
@@ -223,10 +254,10 @@ def tiny_world_folder(
     return folder
 
 
-def unspoken_pictures(number: int) -> UInt8[np.ndarray, "N H W 3"]:
-    """Return pictures of the digit that has no name, of the first domain, drawn by a fixed seed."""
+def example_pictures(number: int, style: bool) -> UInt8[np.ndarray, "N H W 3"]:
+    """Return pictures to learn from, drawn by a fixed seed: the digit without a name, or other ones in the street."""
     images, labels, domains = embedded_digits(held_out=False)
-    fitting = np.flatnonzero((labels == UNSPOKEN) & (domains == 0))
+    fitting = np.flatnonzero((labels != UNSPOKEN) & (domains == 1) if style else (labels == UNSPOKEN) & (domains == 0))
     return images[np.random.default_rng(0).choice(fitting, number, replace=False)]
 
 
@@ -242,9 +273,11 @@ def write_world(folder: Path, world: World) -> None:
         pretrained.save_pretrained(folder / part, jax.device_get(params[part]), safe_serialization=True)
     for part in ("tokenizer", "scheduler"):
         (folder / part).mkdir()
-    for number, pixels in enumerate(unspoken_pictures(5)):
-        write_png(folder / PICTURES / f"{number}.png", pixels)
-    (folder / TEXTS).write_text("\n".join(text for text, domain in CAPTIONS if domain != 1) + "\n")
-    write_tokenizer(folder / "tokenizer", *caption_vocabulary())
+    for name, style in ((PICTURES, False), (STYLE_PICTURES, True)):
+        for number, pixels in enumerate(example_pictures(5, style)):
+            write_png(folder / name / f"{number}.png", pixels)
+    (folder / TEXTS).write_text("\n".join(text for text, domain in WORLD_CAPTIONS if domain != 1) + "\n")
+    (folder / STYLE_TEXTS).write_text(f"{UNKNOWN} in the style of a {{}}.\n")
+    write_tokenizer(folder / "tokenizer", *world_vocabulary())
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / INDEX, describe_pipeline(str(SCHEDULER["_class_name"]), ""))
