@@ -20,7 +20,7 @@ from jaxdiff import processes
 from jaxdiff.errors import InputError, InterruptedRun
 from jaxdiff.io.cache import keep_compiled
 from jaxdiff.io.interruption import INTERRUPTED, obey_signals
-from jaxdiff.io.provenance import forget_weights
+from jaxdiff.io.weight_files import forget_weights
 
 ConfigType = TypeVar("ConfigType")
 INTERRUPTED_SENTENCE = "interrupted; run the same command again to go on"

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.learned_embeddings import Learned
-from jaxdiff.io.provenance import note_weights
+from jaxdiff.io.weight_files import note_weights
 from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
 
 FORMAT, VERSION = "jaxdiff.adapter", "1"

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.provenance import file_sha256
+from jaxdiff.io.weight_files import file_sha256
 from jaxdiff.processes import barrier, is_leader
 
 DIGESTS = "digests.json"

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.provenance import note_weights
 from jaxdiff.io.torch_files import read_torch
+from jaxdiff.io.weight_files import note_weights
 from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
 
 Learned = dict[str, Float[np.ndarray, "_ _"]]

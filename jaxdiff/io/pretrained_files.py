@@ -12,10 +12,10 @@ from numpy.typing import DTypeLike
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch
 from jaxdiff.io.msgpack_files import read_msgpack
-from jaxdiff.io.provenance import note_weights
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.torch_files import read_state_dict
 from jaxdiff.io.torch_layout import as_float32, as_type, from_torch, to_torch
+from jaxdiff.io.weight_files import note_weights
 from jaxdiff.io.weights import (
     check_specs,
     flatten_params,

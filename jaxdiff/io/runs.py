@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.metrics import METRICS
-from jaxdiff.io.provenance import command_line, versions, weight_files
+from jaxdiff.io.provenance import command_line, versions
 from jaxdiff.io.run_lock import hold_folder
 from jaxdiff.io.strict_json import read_strict_json
+from jaxdiff.io.weight_files import weight_files
 from jaxdiff.processes import is_leader
 
 CONFIG = "config.json"

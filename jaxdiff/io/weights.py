@@ -21,8 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.provenance import note_weights
 from jaxdiff.io.strict_json import parse_json, read_strict_json
+from jaxdiff.io.weight_files import note_weights
 
 MAX_NAMED = 8
 """Most tensor names that one message lists."""
