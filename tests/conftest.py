@@ -78,7 +78,7 @@ def quick_commands(quick_settings, drawn_digits):
 @pytest.fixture(scope="session")
 def finished_run(shared_folder, quick_settings):
     """Train the tiny run in a process of its own; return its folder, which no test may change, and its answer."""
-    folder, kept = shared_folder / "finished", shared_folder / "finished.json"
+    folder, kept = shared_folder / "finished" / "run", shared_folder / "finished.json"
     environment = {name.upper(): str(value) for name, value in quick_settings.items()}
     with (shared_folder / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -195,7 +195,7 @@ def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
 
 
 def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, monkeypatch):
-    scores = iter([50.0, 60.0, 60.0])
+    scores = iter([50.0, 60.0, 60.0, 61.0, 61.0])  # the last two are those of what is kept
     monkeypatch.setattr(inversion_training, "make_image_score", lambda *_: lambda pictures: next(scores))
     concept = f"--concept=<new1>:{folders / 'thing'}:digit"
     flags = ("--sample-every=1", "--score-model=clip", "--patience=1", f"--out={tmp_path / 'a'}")
@@ -207,7 +207,7 @@ def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, mon
         assert ("going on from step 3 of 6" in answer.out) == (step == 1)
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [line["image_score"] for line in lines if "image_score" in line] == [50, 60, 60]
-    assert json.loads((tmp_path / "a" / "results.json").read_text())["last.image_score"] == 60
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["last.image_score"] == 61
     other = learn(concept, *SMALL, *flags[1:])
     assert other.code == 2
     assert "sample_every was 1, is 4" in other.sentence
