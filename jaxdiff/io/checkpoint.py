@@ -289,7 +289,7 @@ def find_damage(folder: Path) -> str | None:
     """
     try:
         expected = json.loads((folder / DIGESTS).read_text())
-        if not expected:
+        if expected == {}:
             return f"{DIGESTS} names no file"
         for name, digest in expected.items():
             if file_sha256(folder / name) != digest:
