@@ -34,4 +34,4 @@ def test_every_flag_of_the_readme_exists():
 
 def test_ci_finds_the_test_command():
     block = README.split("<!-- test command -->\n```\n")[1].split("\n```")[0]
-    assert block == "python -m pip install -e '.[test]' && python -m pytest"
+    assert block == "python -m pip install -e '.[test]' && python -m pytest -n auto"
