@@ -30,6 +30,7 @@ BARRIER_SECONDS = 7 * 24 * 3600
 NEWS = "jaxdiff-news"
 """Folder of the coordinator's store that process 0 writes and the others read."""
 COMMAND = "jaxdiff-command"
+"""Where it keeps its command line, which must be that of all."""
 BEATS = "jaxdiff-beats"
 """The folder that every process writes and process 0 reads."""
 

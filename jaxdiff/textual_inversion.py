@@ -10,7 +10,7 @@ checkpoints, metrics.jsonl, results.json and report.html.
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,12 +95,13 @@ def run(config: Config) -> list[Path]:
         return []
     free = FREE if training.patience is None else FREE - FREE_IF_NOT_SCORED
     check_writable(config.out)
-    if config.resume == "auto":
-        check_config(config.out, as_json(config), free)
     if config.concept:
         concepts = [parse_concept(text) for text in config.concept]
     else:
-        concepts, training = leader_first(lambda: own_concept(training, mesh))
+        concepts, training = leader_first(lambda: own_concept(config.training, mesh))
+        config = replace(config, training=training)
+    if config.resume == "auto":
+        check_config(config.out, as_json(config), free)
     parts = prepare_inversion(concepts, config.model, training, mesh)
     out = config.out.expanduser().resolve()
     on_leader(lambda: open_run(out, as_json(config), free, start_over=config.resume == "never"))

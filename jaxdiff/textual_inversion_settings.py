@@ -36,7 +36,7 @@ class InversionSettings(OptimizationSettings):
     templates: Path | None = None
     """Text file of texts to learn from, one a line, {} for the word; None means the built-in ones."""
     flip: bool = True
-    """Learn from the pictures and from their mirror images."""
+    """Learn from the pictures and from their mirror images; never so for the digit of the tiny world."""
     crops: int = 0
     """Learn from this many random squares of each picture too, of 70 to 100 % of its shorter side."""
     fixed_norm: bool = False
@@ -55,7 +55,7 @@ class InversionSettings(OptimizationSettings):
     --value-learning-rate."""
     prior: tuple[str, ...] = ()
     """Class pictures, FOLDER:TEXT, such as "pictures/dogs:a photo of a dog"; half of each batch, so that the class is
-    not forgotten (arXiv 2208.12242)."""
+    not forgotten (arXiv 2208.12242). Only with --kv-learning-rate."""
     prior_weight: float | None = None
     """Their weight in the loss, beside 1 for the concepts; None means 1. Only with --prior."""
     mask: tuple[str, ...] = ()
@@ -109,6 +109,11 @@ class InversionSettings(OptimizationSettings):
         require(
             self.adapter_rank is None or self.matrices_learning_rate is not None,
             "--adapter-rank has no effect without --kv-learning-rate or --value-learning-rate: add one, or drop it",
+        )
+        require(
+            not self.prior or self.kv_learning_rate is not None,
+            "--prior has no effect without --kv-learning-rate: no text of a class holds a learned word, so words alone "
+            "learn nothing from it; add it, or drop --prior",
         )
         needs = {"prior_weight": "prior", "patience": "score_model"}
         for name, needed in needs.items():

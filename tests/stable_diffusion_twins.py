@@ -7,12 +7,17 @@ Stable Diffusion 1 or 2.
 from pathlib import Path
 
 import conversion
+import numpy as np
 import torch
 from clip_vocabulary import vocabulary, write_vocabulary
 from commands import Answer
 from conversion import randomize
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from jaxdiff import FlaxStableDiffusionPipeline
+from jaxdiff.io.adapters import Adapter, write_adapter
+from jaxdiff.recipes.custom_diffusion import base_hash
 
 SIDE = 16
 """Pixels of the latents on a side; pictures have twice as many."""
@@ -157,3 +162,22 @@ def converted(*words: object) -> Answer:
     answer = convert(*words)
     assert answer.code == 0, answer
     return answer
+
+
+def two_adapters(folder, deltas_of):
+    """Write a tiny model and two adapters of it, <one> and <two>; return the folder, and all three as they are.
+
+    Args:
+      folder: exists.
+      deltas_of: from parameters, a word and its number to the matrices of its adapter.
+    """
+    make_pipeline(folder / "model")
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(folder / "model")
+    sha256 = base_hash(params, pipeline.tokenizer.vocab_size)
+    rng = np.random.default_rng(1)
+    adapters = []
+    for number, word in enumerate(("<one>", "<two>")):
+        rows = {word: np.float32(rng.standard_normal((1 + number, 32)))}
+        adapters.append(Adapter(sha256, rows, deltas_of(params, word, number)))
+        write_adapter(folder / f"{number}.safetensors", adapters[-1])
+    return folder, pipeline, params, adapters

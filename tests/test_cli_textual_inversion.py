@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from jaxdiff import text2image, textual_inversion
 from jaxdiff.io.adapters import read_adapter
+from jaxdiff.io.images import read_png_texts
 from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.learned_embeddings import read_learned
 from jaxdiff.recipes import inversion_training, loop, text_to_image_model, tiny_world, training
@@ -192,6 +193,8 @@ def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
         assert "are there already" not in answer.out
         drawn[name] = (tmp_path / "drawn" / "000_000.png").read_bytes()
     assert len(set(drawn.values())) == 3
+    about = json.loads(read_png_texts(tmp_path / "drawn" / "000_000.png")["jaxdiff"])
+    assert (about["adjust"], about["adjust_angle"], about["adjust_norm"]) == (["<new1>:photo"], 0.2, 1.0)
 
 
 def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, monkeypatch):
@@ -293,6 +296,11 @@ def test_without_flags_a_digit_is_learned_that_the_tiny_world_cannot_name(tmp_pa
     assert answer.code == 0, answer.err
     assert "<new1>: 5 pictures, learned as an object from 'digit'" in answer.out
     assert set(read_learned(tmp_path / "out" / "learned_embeds.safetensors")) == {"<new1>"}
+    # The record says what was done, which no flag said; and the run goes on.
+    config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
+    assert config["flip"] is False
+    assert config["templates"].endswith("texts.txt")
+    assert "going on from step 2 of 2" in learn(*quick, f"--out={tmp_path / 'out'}").out
 
 
 @pytest.mark.parametrize(
@@ -311,8 +319,13 @@ def test_without_flags_a_digit_is_learned_that_the_tiny_world_cannot_name(tmp_pa
         (("--concept=<a>:thing:digit", "--kv-learning-rate=0"), "--kv-learning-rate must be positive and finite"),
         (("--concept=<a>:thing:digit", "--adapter-rank=4"), "--adapter-rank has no effect without --kv-learning-rate"),
         (("--concept=<a>:thing:digit", "--prior-weight=2"), "--prior-weight has no effect without --prior"),
-        (("--concept=<a>:thing:digit", "--prior=style"), "--prior 'style': must be FOLDER:TEXT"),
-        (("--concept=<a>:thing:digit", "--prior=empty:a photo"), "--prior: empty: holds no picture to learn from"),
+        (("--concept=<a>:thing:digit", "--prior=style:a photo"), "--prior has no effect without --kv-learning-rate"),
+        (("--concept=<a>:thing:digit", "--prior=style", "--kv-learning-rate=1"), "'style': must be FOLDER:TEXT"),
+        (
+            ("--concept=<a>:thing:digit", "--prior=empty:a photo", "--kv-learning-rate=1"),
+            "--prior: empty: holds no picture to learn from",
+        ),
+        (("--concept=<a>:thing:digit", "--mean-initializer"), "every initialiser is one token; drop it"),
         (("--concept=<a>:thing:digit", "--mask=<b>:thing"), "must be <word>:FOLDER, once for a word of --concept"),
         (("--concept=<a>:thing:digit", "--mask=<a>:nowhere"), "nowhere: no such folder"),
         (("--concept=<a>:thing:digit", "--mask=<a>:empty"), "must hold one mask named 0, holds 0"),

@@ -7,12 +7,11 @@ import optax
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from stable_diffusion_twins import make_pipeline
+from stable_diffusion_twins import two_adapters
 from test_recipes_textual_inversion import BATCH, Twin, draws, world  # noqa: F401 (a fixture)
 
-from jaxdiff import FlaxStableDiffusionPipeline
 from jaxdiff.errors import InputError
-from jaxdiff.io.adapters import Adapter, read_adapter, write_adapter
+from jaxdiff.io.adapters import read_adapter, write_adapter
 from jaxdiff.io.weights import flatten_params, write_safetensors
 from jaxdiff.mesh import make_mesh, put_batch
 from jaxdiff.models.autoencoder import LatentNormal
@@ -180,17 +179,7 @@ def test_what_contradicts_itself_is_not_merged():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny model, and two adapters of it."""
-    folder = tmp_path_factory.mktemp("base")
-    make_pipeline(folder / "model")
-    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(folder / "model")
-    sha256 = base_hash(params, pipeline.tokenizer.vocab_size)
-    rng = np.random.default_rng(1)
-    adapters = []
-    for number, word in enumerate(("<one>", "<two>")):
-        rows = {word: np.float32(rng.standard_normal((1 + number, 32)))}
-        adapters.append(Adapter(sha256, rows, random_deltas(params, number)))
-        write_adapter(folder / f"{number}.safetensors", adapters[-1])
-    return folder, pipeline, params, adapters
+    return two_adapters(tmp_path_factory.mktemp("base"), lambda params, word, number: random_deltas(params, number))
 
 
 def test_merged_matrices_do_for_each_word_what_its_own_do(base):

@@ -46,7 +46,12 @@ def test_the_words_that_are_named_are_adjusted_and_no_others():
     assert adjust_words(learned, ["<b:c>:digit"], 0.2, 1.0, params, pipeline.tokenizer)["<a>"] is learned["<a>"]
     for text, sentence in (
         ("<x>:digit", "<x> is no word of --embeddings or --adapters, which have <a>, <b:c>"),
-        ("<a>:zzz", "'zzz' is several tokens, 'z' "),
+        ("<a>:zzz", "'zzz' is not one token, but 'z' "),
+        ("<a>: ", "' ' is not one token, but none"),
     ):
         with pytest.raises(InputError, match=sentence):
             adjust_words(learned, [text], 0.2, 1.0, params, pipeline.tokenizer)
+    for rows, sentence in ((np.ones((1, 5), np.float32), "<a>: its vectors have 5 numbers"),
+                           (np.zeros((1, 64), np.float32), "is zero, so it has no direction")):  # fmt: skip
+        with pytest.raises(InputError, match=sentence):
+            adjust_words({"<a>": rows}, ["<a>:digit"], 0.2, 1.0, params, pipeline.tokenizer)

@@ -101,6 +101,7 @@ def test_it_draws_what_it_has_names_for_and_learns_what_it_has_none_for(tmp_path
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["known"] >= 0.8
     assert results["initialiser"] < 0.15
+    # The goal is 0.6, which is not reached; this only says that a word is learned at all.
     assert results["learned"] > 2 * results["initialiser"]
     assert results["style.initialiser"] < 0.1
     assert results["style.learned"] > 0.9

@@ -7,22 +7,21 @@ import optax
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from stable_diffusion_twins import make_pipeline
+from stable_diffusion_twins import two_adapters
 from test_recipes_custom_diffusion import RATE, STEPS, random_deltas, torch_name
 from test_recipes_textual_inversion import BATCH, Twin, draws, world  # noqa: F401 (a fixture)
 
 from jaxdiff import FlaxStableDiffusionPipeline
 from jaxdiff.errors import InputError
-from jaxdiff.io.adapters import OF, Adapter, read_adapter, write_adapter
+from jaxdiff.io.adapters import OF, Adapter, of_words, read_adapter, write_adapter
 from jaxdiff.mesh import make_mesh, put_batch
 from jaxdiff.models.spatial_transformer import project_context
-from jaxdiff.recipes.custom_diffusion import base_hash
 from jaxdiff.recipes.learned_words import add_words
 from jaxdiff.recipes.stable_diffusion import encode_texts
 from jaxdiff.recipes.text_to_image_model import prepare
 from jaxdiff.recipes.textual_inversion import make_inversion_loss
 from jaxdiff.recipes.training import create_state, fit, image_keys_at, make_train_step
-from jaxdiff.recipes.value_adapters import give_values, of_words, with_values, zero_values
+from jaxdiff.recipes.value_adapters import give_values, with_values, zero_values
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -119,19 +118,13 @@ def test_ten_steps_are_those_of_torch_and_nothing_else_moves(learning):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny model, and value adapters of two words, learned apart."""
-    folder = tmp_path_factory.mktemp("base")
-    make_pipeline(folder / "model")
-    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(folder / "model")
-    sha256 = base_hash(params, pipeline.tokenizer.vocab_size)
-    rng = np.random.default_rng(1)
-    adapters = []
-    for number, word in enumerate(("<one>", "<two>")):
-        rows = {word: np.float32(rng.standard_normal((1 + number, 32)))}
-        deltas = {name: np.float32(0.1 * rng.standard_normal(zero.shape))
-                  for name, zero in zero_values(params, [word]).items()}  # fmt: skip
-        adapters.append(Adapter(sha256, rows, deltas))
-        write_adapter(folder / f"{number}.safetensors", adapters[-1])
-    return folder, pipeline, params, adapters
+
+    def deltas_of(params, word, number):
+        rng = np.random.default_rng(number)
+        zeros = zero_values(params, [word])
+        return {name: np.float32(0.1 * rng.standard_normal(zero.shape)) for name, zero in zeros.items()}
+
+    return two_adapters(tmp_path_factory.mktemp("base"), deltas_of)
 
 
 def load(folder, *files):

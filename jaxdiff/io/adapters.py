@@ -12,7 +12,7 @@ The metadata give the format, its version, and the hash of the model that the ad
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -42,6 +42,16 @@ class Adapter(NamedTuple):
     base: str
     words: Learned
     deltas: Deltas
+
+
+def of_all(deltas: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the matrices that are for all tokens."""
+    return {name: delta for name, delta in deltas.items() if OF not in name}
+
+
+def of_words(deltas: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the matrices that are for the tokens of one word alone."""
+    return {name: delta for name, delta in deltas.items() if OF in name}
 
 
 def at_rank(matrix: Float[np.ndarray, "n m"], rank: int | None) -> Float[np.ndarray, "n m"]:

@@ -47,11 +47,6 @@ def zero_deltas(params: Params) -> dict[str, np.ndarray]:
     return {name: np.zeros(flat[name].shape, np.float32) for name in text_matrices(params)}
 
 
-def of_all(deltas: Trained | Deltas) -> dict[str, Any]:
-    """Return those of the matrices that are for all tokens; the rest belongs to `jaxdiff.recipes.value_adapters`."""
-    return {name: delta for name, delta in deltas.items() if OF not in name}
-
-
 def with_deltas(params: Params, deltas: Trained | Deltas) -> Params:
     """Return the parameters with what was learned added to the matrices of the UNet."""
     for name, delta in deltas.items():

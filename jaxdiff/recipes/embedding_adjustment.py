@@ -4,7 +4,8 @@
     (2)  v <- slerp(v, c; alpha)
 
 v is a vector of a learned word and c that of its class. Training lets v grow and turn away from c without bounds, until
-it drowns what else a prompt says; (1) and (2) take some of that back, and nothing is trained.
+it drowns what else a prompt says; (1) and (2) take some of that back, and nothing is trained. It is always the
+embedding of the token that is adjusted, not what the text encoder makes of it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from jaxdiff.diffusion.interpolation import slerp
 from jaxdiff.errors import InputError
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.tokenizer import CLIPTokenizer
-from jaxdiff.recipes.learned_words import TABLE, get_leaf
+from jaxdiff.recipes.learned_words import TABLE, check_widths, get_leaf
 from jaxdiff.recipes.stable_diffusion import Params
 
 
@@ -49,9 +50,11 @@ def adjust_words(
       tokenizer: of the model.
 
     Raises:
-      InputError: a word was not learned, or a class is not one token.
+      InputError: a word was not learned, was learned with another model or is zero, or a class is not one token.
     """
     table = np.asarray(get_leaf(params, TABLE), np.float32)
+    if adjust:
+        check_widths(learned, table.shape[1])
     adjusted = dict(learned)
     for text in adjust:
         word, name = text.rsplit(":", 1)
@@ -62,7 +65,9 @@ def adjust_words(
             )
         ids = tokenizer([name]).input_ids[0][1:-1]
         if len(ids) != 1:
-            pieces = " + ".join(repr(tokenizer.name_of(int(number))) for number in ids)
-            raise InputError(f"--adjust {text}: {name!r} is several tokens, {pieces}: choose a class of one token")
+            pieces = " + ".join(repr(tokenizer.name_of(int(number))) for number in ids) or "none"
+            raise InputError(f"--adjust {text}: {name!r} is not one token, but {pieces}: choose a class of one token")
+        if not (learned[word].any(axis=1).all() and table[ids[0]].any()):
+            raise InputError(f"--adjust {text}: a vector of the word or of its class is zero, so it has no direction")
         adjusted[word] = np.stack([adjust_vector(v, table[ids[0]], alpha, beta) for v in learned[word]])
     return adjusted

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdiff.io.adapters import Adapter, Deltas, write_adapter
+from jaxdiff.io.adapters import Adapter, Deltas, of_all, of_words, write_adapter
 from jaxdiff.io.images import write_png
 from jaxdiff.io.learned_embeddings import Learned, write_learned, write_learned_apart
 from jaxdiff.io.metrics import METRICS, read_lines
@@ -15,11 +15,10 @@ from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.mesh import device_name, own_copy
-from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, of_all, split_trained, write_for_diffusers
+from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, split_trained, write_for_diffusers
 from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_report import shrink, strip
-from jaxdiff.recipes.value_adapters import of_words
 from jaxdiff.textual_inversion_settings import InversionSettings
 
 WORDS, ADAPTER = "learned_embeds.safetensors", "adapter.safetensors"

@@ -30,14 +30,8 @@ def add_words(
     """
     if not learned:
         return model, params
-    table = get_leaf(params, TABLE)
-    width, encoder = table.shape[1], model.text_encoder
-    for word, rows in learned.items():
-        if rows.shape[1] != width:
-            raise InputError(
-                f"{word}: its vectors have {rows.shape[1]} numbers, but this model's tokens have {width}: they were "
-                "learned with another model"
-            )
+    table, encoder = get_leaf(params, TABLE), model.text_encoder
+    check_widths(learned, table.shape[1])
     size = tokenizer.vocab_size
     if size > len(table):
         raise InputError(f"the tokenizer has {size} tokens, the text encoder only {len(table)}")
@@ -45,6 +39,16 @@ def add_words(
     added = jnp.concatenate([table[:size], *(jnp.asarray(rows, table.dtype) for rows in learned.values())])
     config = replace(encoder.config, vocab_size=len(added))
     return replace(model, text_encoder=encoder.clone(config=config)), set_leaf(params, TABLE, added)
+
+
+def check_widths(learned: Learned, width: int) -> None:
+    """Raise InputError unless the vectors of all words have as many numbers as the model's tokens."""
+    for word, rows in learned.items():
+        if rows.shape[1] != width:
+            raise InputError(
+                f"{word}: its vectors have {rows.shape[1]} numbers, but this model's tokens have {width}: they were "
+                "learned with another model"
+            )
 
 
 def first_rows(params: Params, count: int) -> Params:

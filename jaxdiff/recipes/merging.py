@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.adapters import Adapter
+from jaxdiff.io.adapters import Adapter, of_all
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.prompts import read_prompts
 from jaxdiff.io.tokenizer import CLIPTokenizer
-from jaxdiff.recipes.custom_diffusion import of_all, with_deltas
+from jaxdiff.recipes.custom_diffusion import with_deltas
 from jaxdiff.recipes.learned_words import ids_of_words, spell_out
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion, encode_texts
 

@@ -75,6 +75,7 @@ def prepare(
     angle = 0.2 if settings.adjust_angle is None else settings.adjust_angle
     norm = 1.0 if settings.adjust_norm is None else settings.adjust_norm
     learned = adjust_words(learned, settings.adjust, angle, norm, params, pipeline.tokenizer)
+    adjusted = {"adjust": list(settings.adjust), "adjust_angle": angle, "adjust_norm": norm} if settings.adjust else {}
     model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
     params = with_adapters(model, params, pipeline.tokenizer, adapters, settings.captions)
     model, params = with_value_adapters(model, params, pipeline.tokenizer, adapters)
@@ -91,7 +92,7 @@ def prepare(
         make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta),
         size,
         pictures,
-        describe_settings(pictures, model, pipeline.tokenizer, size, tree_hash(params)),
+        {**describe_settings(pictures, model, pipeline.tokenizer, size, tree_hash(params)), **adjusted},
         mesh,
         note,
     )

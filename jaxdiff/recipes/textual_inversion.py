@@ -19,18 +19,19 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxdiff.diffusion.loss import Weighting, diffusion_loss, q_sample
 from jaxdiff.errors import InputError
+from jaxdiff.io.adapters import of_all, of_words
 from jaxdiff.io.concept_pictures import Concept
 from jaxdiff.io.images import to_float
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import replicated, round_up
 from jaxdiff.models.autoencoder import LatentNormal
-from jaxdiff.recipes.custom_diffusion import Trained, of_all, split_trained, with_deltas
+from jaxdiff.recipes.custom_diffusion import Trained, split_trained, with_deltas
 from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf
 from jaxdiff.recipes.sampling import in_batches
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion, encode_texts
 from jaxdiff.recipes.training import LossFn
-from jaxdiff.recipes.value_adapters import of_words, with_values
+from jaxdiff.recipes.value_adapters import with_values
 from jaxdiff.shapes import ImageKeys
 
 Rows = Mapping[str, Float[Array, "n D"]]
@@ -69,10 +70,10 @@ def initial_rows(
       mean: of an initialiser of several tokens, take the mean.
 
     Raises:
-      InputError: an initialiser is several tokens, and not to be averaged.
+      InputError: an initialiser is several tokens, and not to be averaged; or none is, though they are to be.
     """
     table = np.asarray(get_leaf(params, TABLE), np.float32)
-    rows = {}
+    rows, averaged = {}, False
     for concept in concepts:
         ids = tokenizer([concept.initializer]).input_ids[0][1:-1]
         if len(ids) > 1 and not mean:
@@ -81,7 +82,10 @@ def initial_rows(
                 f"--concept {concept.word}: the initialiser {concept.initializer!r} is several tokens, {pieces}: "
                 "choose a word of one token, or start from their mean by --mean-initializer"
             )
+        averaged |= len(ids) > 1
         rows[concept.word] = np.repeat(table[ids].mean(axis=0, keepdims=True), vectors, axis=0)
+    if mean and not averaged:
+        raise InputError("--mean-initializer has no effect: every initialiser is one token; drop it")
     return rows
 
 

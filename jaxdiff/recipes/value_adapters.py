@@ -8,6 +8,7 @@ delta_i of (1) picks the tokens of concept i. So all keys, and the values of all
 concepts that were learned apart work together as they are: nothing is merged. (2) and (3), with m_i = 1 at the tokens
 of concept i and 0 elsewhere, are (1) in networks that do not change: texts have longer vectors, matrices more rows.
 The D of (1) start at zero and, as in the paper, are all that is learned: the word itself stays its initialiser.
+They are whole matrices; the authors' are products of two of rank 32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.io.adapters import OF, Adapter, Deltas
+from jaxdiff.io.adapters import OF, Adapter, Deltas, of_words
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.io.weights import flatten_params
 from jaxdiff.recipes.custom_diffusion import VALUE, Trained, text_matrices
@@ -30,11 +31,6 @@ def zero_values(params: Params, words: Sequence[str]) -> dict[str, np.ndarray]:
     flat = flatten_params(params["unet"])
     names = [name for name in text_matrices(params) if name.endswith(VALUE)]
     return {f"{word}{OF}{name}": np.zeros(flat[name].shape, np.float32) for word in words for name in names}
-
-
-def of_words(deltas: Trained | Deltas) -> dict[str, Any]:
-    """Return those of the matrices that are for the tokens of a word alone, by word and name."""
-    return {name: delta for name, delta in deltas.items() if OF in name}
 
 
 def with_values(params: Params, deltas: Trained | Deltas, words: Sequence[str]) -> Params:
