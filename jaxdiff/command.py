@@ -61,9 +61,9 @@ def run_command(
     except KeyboardInterrupt:
         return give_up(command, INTERRUPTED, INTERRUPTED_SENTENCE)
     except Exception as error:
+        processes.await_cause(error)
         sentence = explain(error)
         if sentence is None or os.environ.get("JAXDIFF_TRACEBACK"):
-            processes.await_cause()
             processes.fail(1, f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
         return give_up(command, 2, f"error: {sentence}")
@@ -102,6 +102,8 @@ def parse(command: str, config_class: type[ConfigType], args: Sequence[str]) -> 
         # Else --out "$RUN" with RUN unset would mean the current folder.
         if not arg or (arg.startswith("--") and arg.endswith("=")):
             raise InputError(f"the value after {arg[:-1] or before} is empty; is a shell variable unset?")
+        if not arg.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in arg):
+            raise InputError(f"{arg!r} is not UTF-8")
 
     # tyro breaks up and boxes what a class refuses; what the argument of a function refuses comes through.
     def given(config: Annotated[config_class, tyro.conf.arg(name="")]):  # type: ignore[valid-type]
@@ -120,11 +122,16 @@ def explain(error: Exception) -> str | None:
     """Return the sentence for an error that the user can do something about, else None."""
     if isinstance(error, InputError | OSError):
         return str(error)
-    # Told by its name, because importing jax here would slow --help down.
-    on_device = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
-    if on_device or isinstance(error, MemoryError):
+    if wants_memory(error):
         return f"out of memory, use a smaller batch size ({next(iter(str(error).splitlines()), type(error).__name__)})"
     return None
+
+
+def wants_memory(error: Exception) -> bool:
+    """Tell whether an error says that a device or the machine is out of memory."""
+    # Told by its name, because importing jax here would slow --help down.
+    on_device = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
+    return on_device or isinstance(error, MemoryError)
 
 
 def keep_freed_memory() -> None:

@@ -8,6 +8,7 @@ quicker names the silent one first. Nothing here is needed, and nothing runs, wh
 import contextlib
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from jaxdiff.errors import InputError
 
 T = TypeVar("T")
 
+MEET = "are all of them started, and is the port of process 0 free and open?"
 EXIT_LOST = 3
 """Exit code of a process that leaves because of another one."""
 SILENT_SECONDS = 6.0
@@ -26,11 +28,16 @@ SILENT_SECONDS = 6.0
 HEARTBEAT_SECONDS = 14
 """The same for JAX's runtime, which only speaks where the watch could not."""
 BEAT_SECONDS = 1.0
+MEETING_SECONDS = 300.0
+"""How long a process waits at the start for the others to come."""
 BARRIER_SECONDS = 7 * 24 * 3600
 NEWS = "jaxdiff-news"
 """Folder of the coordinator's store that process 0 writes and the others read."""
+FOUND = "jaxdiff-found"
+"""Where it keeps what it alone looked up for all."""
 COMMAND = "jaxdiff-command"
 """Where it keeps its command line, which must be that of all."""
+LOST = "killed, frozen or cut off; run the same command again to go on"
 BEATS = "jaxdiff-beats"
 """The folder that every process writes and process 0 reads."""
 
@@ -43,6 +50,7 @@ class _Group:
         self.index = index
         self.count = count
         self.barriers = 0
+        self.findings = 0
         self.stopping = threading.Event()
         now = time.monotonic()
         self._heard = dict.fromkeys(range(count), (-1, now))
@@ -85,7 +93,7 @@ class _Group:
                 cause = f"process {other} stopped: {said['fault']}"
         for other, (_, when) in self._heard.items():
             if other != self.index and now - when > SILENT_SECONDS:
-                cause = f"process {other} has been silent for {SILENT_SECONDS:.0f} s: killed, frozen or cut off"
+                cause = f"process {other} has been silent for {SILENT_SECONDS:.0f} s: {LOST}"
         if cause:
             self.tell(cause)
         return cause
@@ -98,7 +106,7 @@ class _Group:
         """Notice that process 0 no longer answers; in a thread of its own, because `_talk` waits for the answer."""
         while not self.stopping.wait(BEAT_SECONDS / 2):
             if self.index and time.monotonic() - self._heard[0][1] > SILENT_SECONDS:
-                leave_lost(f"process 0 has not answered for {SILENT_SECONDS:.0f} s: killed, frozen or cut off")
+                leave_lost(f"process 0 has not answered for {SILENT_SECONDS:.0f} s: {LOST}")
 
 
 _group: _Group | None = None
@@ -108,7 +116,7 @@ def join(settings: ProcessSettings) -> None:
     """Join the other processes of the command; call it before JAX makes its devices.
 
     Raises:
-      InputError: `auto` finds no job, or the others cannot be reached.
+      InputError: `auto` finds no job, the port of process 0 is taken, or the others cannot be reached.
     """
     global _group
     if settings.distributed is None or _group is not None:
@@ -120,21 +128,50 @@ def join(settings: ProcessSettings) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     place = settings.place
     known: dict[str, Any] = {} if place is None else place._asdict()
+    flag = f"--distributed {settings.distributed}"
+    if place is not None and place.process_id == 0:
+        _require_free(int(place.coordinator_address.rsplit(":", 1)[-1]), flag)
+    # JAX's runtime would abort the process, by a signal and with a stack, when the others do not come.
+    alarm = threading.Timer(MEETING_SECONDS, _leave_alone, [flag])
+    alarm.daemon = True
+    alarm.start()
     try:
-        jax.distributed.initialize(**known, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **known,
+            initialization_timeout=int(MEETING_SECONDS) + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     except Exception as error:  # ValueError, TypeError and gRPC's own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "give HOST:PORT,N,I, or start it by a job of SLURM, Open MPI, Kubernetes or Cloud TPU"
         raise InputError(
-            f"--distributed {settings.distributed}: the processes cannot be joined ({reason}); "
-            + (fix if place is None else "are all of them started, and is the port of process 0 free and open?")
+            f"{flag}: the processes cannot be joined ({reason}); " + (fix if place is None else MEET)
         ) from error
+    finally:
+        alarm.cancel()
     state = distributed.global_state
     if state.num_processes > 1:
         _group = _Group(state.client, state.process_id, state.num_processes)
         _check_same_command(state.client, state.process_id)  # refused as any other input, having told the others
         if state.process_id:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _require_free(port: int, flag: str) -> None:
+    """Raise InputError where another program listens on the port: gRPC would share it, and two runs would mix."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        raise InputError(f"{flag}: port {port} cannot be used ({error.strerror}); give each run its own") from error
+
+
+def _leave_alone(flag: str) -> None:
+    """End this process, whose others have not come."""
+    sys.stderr.write(f"jaxdiff: error: {flag}: the processes have not met within {MEETING_SECONDS:.0f} s; {MEET}\n")
+    _exit(2)
 
 
 def _check_same_command(client: Any, index: int) -> None:
@@ -189,6 +226,19 @@ def on_leader(work: Callable[[], T]) -> T | None:
     return result
 
 
+def from_leader(find: Callable[[], T]) -> T:
+    """Have process 0 look something up, a JSON value, and return it in all: each might find something else."""
+    if _group is None:
+        return find()
+    _group.findings += 1
+    key = f"{FOUND}/{_group.findings}"
+    if _group.index:
+        return json.loads(_group.client.blocking_key_value_get(key, BARRIER_SECONDS * 1000))
+    found = find()
+    _group.client.key_value_set(key, json.dumps(found))
+    return found
+
+
 def leader_first(work: Callable[[], T]) -> T:
     """Do something in process 0 and then in all others, which find what it kept; return each one's own result."""
     result = work() if is_leader() else None
@@ -226,15 +276,20 @@ def fail(code: int, sentence: str, details: str = "") -> None:
     _exit(code)
 
 
-def await_cause() -> None:
+def await_cause(error: BaseException) -> None:
     """Give the watch the time to name a lost process, where an error may only be what its loss left behind."""
-    if _group is not None:
+    chain = [error]
+    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None and deeper not in chain:
+        chain.append(deeper)
+    # By its name, because importing jax would slow a command down that needs none.
+    of_runtime = any(type(link).__name__ == "JaxRuntimeError" for link in chain)
+    if _group is not None and of_runtime and "RESOURCE_EXHAUSTED" not in str(error):
         time.sleep(2 * SILENT_SECONDS + 2 * BEAT_SECONDS)
 
 
 def leave_lost(cause: str) -> NoReturn:
     """End this process because of another one."""
-    sys.stderr.write(f"\njaxdiff: process {index()} leaves: {cause}; run the same command again to go on\n")
+    sys.stderr.write(f"\njaxdiff: process {index()} leaves: {cause}\n")
     _exit(EXIT_LOST)
 
 

@@ -65,12 +65,16 @@ def run(config: Config) -> list[Path]:
     from jaxdiff.io.runs import as_json, check_writable, make_folder
     from jaxdiff.processes import is_leader, leader_first
     from jaxdiff.recipes.course_delivery import check_no_others, check_words, list_delivery
+    from jaxdiff.recipes.memory import explain_want_of_memory, list_memory
     from jaxdiff.recipes.text_to_image import draw_missing, make_jobs
-    from jaxdiff.recipes.text_to_image_model import describe_memory, prepare
+    from jaxdiff.recipes.text_to_image_model import estimate_drawing, prepare
     from jaxdiff.recipes.text_to_image_report import write_outputs
 
+    def estimate():
+        return estimate_drawing(config.model, config.pictures, mesh)
+
     if config.dry_run:
-        print(describe_memory(config.model, config.pictures, mesh))
+        print(list_memory(estimate()))
         return []
     check_writable(config.out)
     if config.task is None:
@@ -79,12 +83,13 @@ def run(config: Config) -> list[Path]:
     else:
         prompts, jobs = list_delivery(config.task, config.num_images or PICTURES_OF_A_TASK)
         check_no_others(config.out, jobs)
-    drawing = leader_first(lambda: prepare(config.model, config.pictures, mesh))
-    if config.task is not None:
-        check_words(config.task, drawing.tokenizer, drawing.learned)
-    drawing.tokenize([*prompts, config.pictures.negative])  # refuses what is too long before anything is written
-    out = make_folder(config.out)
-    drawn = draw_missing(drawing, prompts, jobs, out)
+    with explain_want_of_memory(estimate, "lower --batch-size, --height or --width, or use --dtype bfloat16"):
+        drawing = leader_first(lambda: prepare(config.model, config.pictures, mesh))
+        if config.task is not None:
+            check_words(config.task, drawing.tokenizer, drawing.learned)
+        drawing.tokenize([*prompts, config.pictures.negative])  # refuses what is too long before anything is written
+        out = make_folder(config.out)
+        drawn = draw_missing(drawing, prompts, jobs, out)
     if not is_leader():
         return []
     return write_outputs(out, drawing, prompts, jobs, drawn, as_json(config), started)

@@ -83,32 +83,40 @@ def run(config: Config) -> list[Path]:
     from jaxdiff.io.concept_pictures import parse_concept
     from jaxdiff.io.runs import as_json, check_config, check_same_data, check_writable, open_run
     from jaxdiff.processes import is_leader, leader_first, on_leader
-    from jaxdiff.recipes.inversion_memory import describe_memory
+    from jaxdiff.recipes.inversion_memory import estimate_learning
+    from jaxdiff.recipes.inversion_parts import own_concept, prepare_inversion
     from jaxdiff.recipes.inversion_report import write_outputs
-    from jaxdiff.recipes.inversion_training import own_concept, prepare_inversion, train
+    from jaxdiff.recipes.inversion_training import train
+    from jaxdiff.recipes.memory import explain_want_of_memory, list_memory
 
     require_divisible(config.training.batch_size, mesh, "--batch-size", config.training.accumulation_steps)
     training = config.training
-    if config.dry_run:
+
+    def estimate():
         words = [parse_concept(text).word for text in config.concept] or ["<new1>"]
-        print(describe_memory(words, config.model, training, own_mesh(mesh)))
+        return estimate_learning(words, config.model, training, own_mesh(mesh))
+
+    if config.dry_run:
+        print(list_memory(estimate()))
         return []
     free = FREE if training.patience is None else FREE - FREE_IF_NOT_SCORED
     check_writable(config.out)
-    if config.concept:
-        concepts = [parse_concept(text) for text in config.concept]
-    else:
-        concepts, training = leader_first(lambda: own_concept(config.training, mesh))
-        config = replace(config, training=training)
-    if config.resume == "auto":
-        check_config(config.out, as_json(config), free)
-    parts = prepare_inversion(concepts, config.model, training, mesh)
-    out = config.out.expanduser().resolve()
-    on_leader(lambda: open_run(out, as_json(config), free, start_over=config.resume == "never"))
-    what = "the pictures of --concept, the texts or the weights of the model"
-    on_leader(lambda: check_same_data(out, parts.data.about, what))
-    trained = train(parts, training, out)
-    return write_outputs(out, parts, trained, training, as_json(config), started) if is_leader() else []
+    lower = "lower --batch-size or --size, raise --accumulation-steps, or use --dtype bfloat16"
+    with explain_want_of_memory(estimate, lower):
+        if config.concept:
+            concepts = [parse_concept(text) for text in config.concept]
+        else:
+            concepts, training = leader_first(lambda: own_concept(config.training, mesh))
+            config = replace(config, training=training)
+        if config.resume == "auto":
+            check_config(config.out, as_json(config), free)
+        parts = prepare_inversion(concepts, config.model, training, mesh)
+        out = config.out.expanduser().resolve()
+        on_leader(lambda: open_run(out, as_json(config), free, start_over=config.resume == "never"))
+        what = "the pictures of --concept, the texts or the weights of the model"
+        on_leader(lambda: check_same_data(out, parts.data.about, what))
+        trained = train(parts, training, out)
+        return write_outputs(out, parts, trained, training, as_json(config), started) if is_leader() else []
 
 
 def main(args: Sequence[str] | None = None) -> int:

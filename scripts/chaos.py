@@ -23,6 +23,7 @@ import chaos_checkpoints
 import chaos_disk
 import chaos_files
 import chaos_kills
+import chaos_processes
 import chaos_stops
 import jax
 import orbax.checkpoint  # noqa: F401
@@ -39,6 +40,7 @@ FAULTS: dict[str, Callable[[Effort], Iterator[Row]]] = {
     "stopped": chaos_stops.stopped,
     "not_finite": chaos_stops.not_finite,
     "two_runs": chaos_stops.two_runs,
+    "processes": chaos_processes.lost,
     "hostile": chaos_files.hostile,
     "compiled": chaos_cache.compiled,
 }

@@ -9,10 +9,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from jaxdiff.command import run_command
+from jaxdiff.device_settings import ProcessSettings
 
 PHASES = (
     "the save is asked for",
@@ -49,6 +53,7 @@ class Config:
     """Which time that the phase is reached."""
     pause: float = 0.005
     """Seconds that each batch takes."""
+    devices: Annotated[ProcessSettings, tyro.conf.arg(name="")] = field(default_factory=ProcessSettings)
 
 
 def run(config: Config) -> list[Path]:
@@ -61,13 +66,14 @@ def run(config: Config) -> list[Path]:
     from jaxdiff.io.metrics import MetricsLog
     from jaxdiff.io.provenance import tree_hash
     from jaxdiff.io.runs import as_json, open_run, write_json
-    from jaxdiff.mesh import make_mesh
+    from jaxdiff.mesh import open_mesh
+    from jaxdiff.processes import count, index, is_leader, on_leader
     from jaxdiff.recipes.loop import TrainingLoop
     from jaxdiff.recipes.training import create_state, make_optimizer, make_train_step
     from jaxdiff.settings import OptimizationSettings
 
     width = config.width
-    mesh = make_mesh(1)
+    mesh = open_mesh(config.devices)
     settings = OptimizationSettings(
         train_steps=config.train_steps, batch_size=4, warmup_steps=2, log_every=1, save_every=config.save_every
     )
@@ -79,11 +85,12 @@ def run(config: Config) -> list[Path]:
     def batch_at(step: int):
         time.sleep(config.pause)
         batch = np.random.default_rng(step).standard_normal((4, width)).astype(np.float32)
-        return batch * np.float32("nan" if step + 1 == config.poison else 1)
+        return np.split(batch, count())[index()] * np.float32("nan" if step + 1 == config.poison else 1)
 
     if config.trap:
         set_trap(config.trap, config.trap_at)
-    out = open_run(config.out, as_json(config), free={"out", "trap", "trap_at", "poison", "pause"})
+    out, free = config.out.absolute(), {"out", "trap", "trap_at", "poison", "pause", "devices", "mesh", "distributed"}
+    on_leader(lambda: open_run(out, as_json(config), free))
     optimizer, learning_rate = make_optimizer(1e-2, 2, config.train_steps, 0.1, 1.0)
     kernel = np.random.default_rng(0).standard_normal((width, width), np.float32)
     state = create_state({"kernel": kernel}, optimizer, jax.random.key(0), mesh)
@@ -99,7 +106,8 @@ def run(config: Config) -> list[Path]:
         checkpoints.close()
         log.close()
     values = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(state.replace(key=None)))}
-    write_json(out / "results.json", {"state": tree_hash(values)})
+    if is_leader():
+        write_json(out / "results.json", {"state": tree_hash(values)})
     return [out / "results.json"]
 
 

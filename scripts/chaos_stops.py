@@ -48,24 +48,24 @@ def stopped(effort: Effort) -> Iterator[Row]:
             raise RuntimeError(ended.said)
         expected = results_of(folder / "run")
     stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(24))]
-    yield _timed(small, spread(stop_and_go_on, stops))
+    yield note_seconds(small, spread(stop_and_go_on, stops))
     twice = Row("a second SIGTERM, in the middle of the first one's save", "out at once; the last save is intact")
     twice.add(spread(stop_twice, [Stop(seed, expected, effort.scratch) for seed in range(effort.times(12))]))
     yield twice
     large = Row("SIGTERM, 36 million parameters", "saved and out in 10 s")
     if effort.share > 0.05:
         stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(3))]
-        yield _timed(large, spread(stop_large, stops))
+        yield note_seconds(large, spread(stop_large, stops))
         commands = Row(
             "SIGTERM and SIGKILL to train_cfg itself, as it loads, compiles, trains, judges",
             "out in 10 s; goes on to the same end",
         )
         signals = (signal.SIGTERM, signal.SIGKILL)
         jobs = [(effort.scratch, effort.seed + number, effort.times(5), number) for number in signals]
-        yield _timed(commands, spread(stop_train_cfg, jobs))
+        yield note_seconds(commands, spread(stop_train_cfg, jobs))
 
 
-def _timed(row: Row, outcomes: Iterable[Outcome]) -> Row:
+def note_seconds(row: Row, outcomes: Iterable[Outcome]) -> Row:
     """Move the seconds that outcomes name into a note."""
     row.add(outcomes)
     seconds = []
@@ -94,7 +94,7 @@ def stop_and_go_on(job: Stop) -> list[Outcome]:
     with scratch_folder(job.scratch) as folder:
         run, said = folder / "run", folder / "said"
         child = Child.start(chaos_run.command(f"--out={run}", "--pause=0.02"), said)
-        _wait_for(run / "config.json", child)
+        wait_for(run / "config.json", child)
         child.kill_after(rng.uniform(0.0, 1.5), signal.SIGTERM)
         since = time.monotonic()
         ended = child.wait()
@@ -111,7 +111,7 @@ def stop_and_go_on(job: Stop) -> list[Outcome]:
         return [Outcome(f"{'saved' if saved[1] else 'nothing to save yet'} and out, {seconds:.2f} s")]
 
 
-def _wait_for(path: Path, child: Child, text: str = "") -> None:
+def wait_for(path: Path, child: Child, text: str = "") -> None:
     """Wait until a file is there and holds a text, or the child has ended."""
     while not (path.exists() and text in path.read_text(errors="replace")) and not child.has_ended():
         time.sleep(0.002)
@@ -124,9 +124,9 @@ def stop_twice(job: Stop) -> list[Outcome]:
         run, said = folder / "run", folder / "said"
         flags = (f"--out={run}", "--pause=0.02", "--width=2000", "--save-every=5")  # 64 MB to save
         child = Child.start(chaos_run.command(*flags), said)
-        _wait_for(run / "checkpoints" / "5" / "digests.json", child)
+        wait_for(run / "checkpoints" / "5" / "digests.json", child)
         os.kill(child.pid, signal.SIGTERM)
-        _wait_for(said, child, "once more to leave at once")
+        wait_for(said, child, "once more to leave at once")
         time.sleep(rng.uniform(0.0, 0.2))
         since = time.monotonic()
         child.kill_after(0.0, signal.SIGTERM)
@@ -148,7 +148,7 @@ def stop_large(job: Stop) -> list[Outcome]:
     with scratch_folder(job.scratch) as folder:
         run = folder / "run"
         child = Child.start(chaos_run.command(f"--out={run}", *LARGE), folder / "said")
-        _wait_for(run / "metrics.jsonl", child, '"step": 2,')
+        wait_for(run / "metrics.jsonl", child, '"step": 2,')
         since = time.monotonic()
         os.kill(child.pid, signal.SIGTERM)
         ended = child.wait(300)
@@ -156,7 +156,7 @@ def stop_large(job: Stop) -> list[Outcome]:
         saved = re.search(r"saved at step (\d+)", ended.said)
         if ended.code != 130 or not saved or not (run / "checkpoints" / saved[1] / "digests.json").exists():
             return [Outcome("not saved", f"exit code {ended.code}: {ended.said}")]
-        return [Outcome(f"saved and out, {seconds:.2f} s", f"{seconds:.1f} s" if seconds > WITHIN else "")]
+        return [Outcome(f"saved and out, {seconds:.2f} s", f"{seconds:.1f} s" if seconds > WITHIN else None)]
 
 
 def train_cfg(run: Path, compiled: Path) -> subprocess.Popen[str]:

@@ -20,7 +20,7 @@ class Outcome(NamedTuple):
     """What came of one injection: in words that are counted, and, where the promise was broken, how."""
 
     what: str
-    broken: str = ""
+    broken: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Row:
         """Count what came of some injections."""
         for outcome in outcomes:
             self.outcomes[outcome.what] += 1
-            if outcome.broken:
+            if outcome.broken is not None:  # one who died in silence has nothing to show
                 self.broken.append(outcome.broken)
 
 

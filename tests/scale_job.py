@@ -6,6 +6,8 @@ Beside what every run leaves, each process writes which rows of the data it read
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -47,6 +49,10 @@ class Config:
     """Seconds that each batch takes."""
     fail_at: int = -1
     """Step at which process 1 cannot read its data."""
+    stop_at_end: bool = False
+    """Whether process 1 is sent SIGTERM in its last step."""
+    late: float = 0.0
+    """Seconds that process 0 keeps the others waiting."""
 
 
 def loss_fn(params, batch, keys):
@@ -71,10 +77,32 @@ def rows_at(process_index=0, process_count=1):
     return batches(data, 0, BATCH, process_index, process_count)
 
 
+def prepare(config: Config) -> None:
+    """Make the folder, in good time or late."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    if config.late:
+        print("late", flush=True)
+        time.sleep(config.late)
+
+
+class StoppedAtEnd(MetricsLog):
+    """Metrics whose last line has this process stopped."""
+
+    def __init__(self, folder: Path, start: int, last: int):
+        super().__init__(folder, start)
+        self._last = last
+
+    def write(self, step, figures):
+        """Write one line."""
+        super().write(step, figures)
+        if step == self._last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run(config: Config) -> list[Path]:
     """Train from the last checkpoint, or from step 0, to the end."""
     mesh = open_mesh(config.devices)
-    processes.on_leader(lambda: config.out.mkdir(parents=True, exist_ok=True))
+    processes.on_leader(lambda: prepare(config))
     optimizer = optax.adam(0.01)
     read = rows_at(processes.index(), processes.count())
 
@@ -91,7 +119,8 @@ def run(config: Config) -> list[Path]:
     start = create_state(start_params(), optimizer, jax.random.key(1), mesh)
     state, step = checkpoints.restore(start) or (start, 0)
     print(f"going on from step {step}")
-    log = MetricsLog(config.out, step)
+    stopped = config.stop_at_end and processes.index() == 1
+    log = StoppedAtEnd(config.out, step, config.steps) if stopped else MetricsLog(config.out, step)
     settings = OptimizationSettings(
         train_steps=config.steps, batch_size=BATCH, save_every=config.save_every, log_every=1
     )

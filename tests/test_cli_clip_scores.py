@@ -14,7 +14,9 @@ from sklearn.datasets import load_sample_images
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from jaxdiff import clip_scores
-from jaxdiff.recipes.clip_scores import cmmd, cmmd_interval, mean_interval
+from jaxdiff.io.course_task import COUNTED
+from jaxdiff.recipes.clip_grading import list_pictures
+from jaxdiff.recipes.clip_scores import Interval, best_intervals, cmmd, cmmd_interval, mean_interval
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 COUNT = 6
@@ -181,6 +183,29 @@ def test_intervals_have_the_width_that_theory_gives():
     spread = np.std([cmmd(one, references) for one in circles])
     found = cmmd_interval(circles[0], references, seed=0)
     np.testing.assert_allclose((found.high - found.low) / 2, 1.96 * spread, rtol=0.5)
+
+
+def test_the_best_five_are_chosen_anew_in_every_resample():
+    image = np.random.default_rng(0).normal(80, 3, 25)
+    found, of_text = best_intervals(image, np.full(25, 7.0), seed=3)
+    rng = np.random.default_rng(3)
+    means = [np.sort(image[rng.integers(0, 25, 25)])[-5:].mean() for _ in range(2000)]
+    expected = [np.sort(image)[-5:].mean(), *np.percentile(means, (2.5, 97.5))]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert of_text == (7.0, 7.0, 7.0)
+
+
+def test_too_few_pictures_have_no_interval():
+    assert mean_interval(np.array([3.0]), seed=0) == Interval(3.0, None, None)
+    two = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert cmmd_interval(two, two, seed=0)[1:] == (None, None)
+
+
+def test_what_counts_as_a_picture_of_the_task_is_what_its_grader_counts(tmp_path):
+    for name in ("0.png", "1.gif", "2.webp", "3.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_pictures(tmp_path, "--generated", COUNTED)] == ["0.png", "1.gif"]
+    assert [path.name for path in list_pictures(tmp_path, "--generated")] == ["0.png", "2.webp"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from PIL import Image
 from jaxdiff import __main__, sample_cfg, train_cfg
 from jaxdiff.command import run_command
 from jaxdiff.errors import InputError
+from jaxdiff.recipes.memory import explain_want_of_memory
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 
@@ -285,6 +286,21 @@ def command(run):
 def test_too_little_memory_is_one_sentence():
     refused(command(lambda _: jnp.zeros(1 << 46)), "out of memory, use a smaller batch size (RESOURCE_EXHAUSTED")
     refused(command(lambda _: np.empty(1 << 58)), "out of memory, use a smaller batch size (Unable to allocate")
+
+
+def test_too_little_memory_for_pictures_says_what_it_would_take():
+    sizes = {"weights": 3_440_000_000, "sampling": 10, "in all, at the most": 5_300_000_000}
+
+    def run(_):
+        with explain_want_of_memory(lambda: sizes, "lower --batch-size"):
+            jnp.zeros(1 << 46)
+
+    sentence = "a device would hold about 5.30 GB, of which the weights take 3.44 GB; lower --batch-size (--dry-run"
+    refused(command(run), f"error: out of memory: {sentence}")
+
+
+def test_an_argument_that_is_no_text_is_one_sentence():
+    refused(train(b"--out=\xff".decode(errors="surrogateescape")), "'--out=\\udcff' is not UTF-8")
 
 
 def test_a_file_error_is_one_sentence():

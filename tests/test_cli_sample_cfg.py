@@ -209,6 +209,24 @@ def test_a_config_that_is_none_is_one_sentence(tmp_path, text, sentence):
     refused(sample(tmp_path, tmp_path / "out"), sentence)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        ("judge.json", {"image_shape": None}, "judge.json: not the record of a judge"),
+        ("judge.json", {"image_shape": [16, 16]}, "judge.json: not the record of a judge"),
+        ("judge.json", {"figures": {"judge.real_accuracy.digits_m": "high"}}, "judge.json: not the record of a judge"),
+        ("data.json", {"sha256": None}, "data.json: has no sha256, so it is not train_cfg's; run train_cfg again"),
+    ],
+)
+def test_records_that_are_not_a_run_s_are_one_sentence(copied_run, tmp_path, file, change, sentence):
+    path = copied_run / file
+    kept = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in kept.items() if value is not None}))
+    answer = sample(copied_run, tmp_path / "out")
+    refused(answer._replace(out=""), sentence)
+    assert not (tmp_path / "out" / "shards").exists()
+
+
 def test_a_run_without_what_sampling_needs_is_one_sentence(copied_run, tmp_path):
     def refused_now(sentence, *flags):
         answer = sample(copied_run, tmp_path / "out", *flags)

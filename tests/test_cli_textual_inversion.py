@@ -17,7 +17,7 @@ from jaxdiff.io.adapters import read_adapter
 from jaxdiff.io.images import read_png_texts
 from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.learned_embeddings import read_learned
-from jaxdiff.recipes import inversion_training, loop, text_to_image_model, tiny_world, training
+from jaxdiff.recipes import inversion_parts, loop, text_to_image_model, tiny_world, training
 from jaxdiff.recipes.custom_diffusion import text_matrices
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny
@@ -199,7 +199,7 @@ def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
 
 def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, monkeypatch):
     scores = iter([50.0, 60.0, 60.0, 61.0, 61.0])  # the last two are those of what is kept
-    monkeypatch.setattr(inversion_training, "make_image_score", lambda *_: lambda pictures: next(scores))
+    monkeypatch.setattr(inversion_parts, "make_image_score", lambda *_: lambda pictures: next(scores))
     concept = f"--concept=<new1>:{folders / 'thing'}:digit"
     flags = ("--sample-every=1", "--score-model=clip", "--patience=1", f"--out={tmp_path / 'a'}")
     # Asked again, it knows that it had ended.
@@ -232,7 +232,7 @@ def test_rows_that_are_not_finite_are_not_kept(folders, tmp_path, monkeypatch):
         late = optax.scale_by_schedule(lambda step: jnp.where(step == 5, jnp.inf, 1.0))
         return optax.chain(optimizer, late), learning_rate
 
-    monkeypatch.setattr(inversion_training, "make_optimizer", make_optimizer)
+    monkeypatch.setattr(inversion_parts, "make_optimizer", make_optimizer)
     answer = learn(*concepts(folders), *SMALL, f"--out={tmp_path}")
     assert answer.code == 2
     assert re.search(
@@ -289,7 +289,7 @@ def test_without_flags_a_digit_is_learned_that_the_tiny_world_cannot_name(tmp_pa
     def barely_trained(cache, mesh):
         return tiny_world.tiny_world_folder(tmp_path / "cache", mesh, 2, 2, 2)
 
-    for module in (inversion_training, text_to_image_model):
+    for module in (inversion_parts, text_to_image_model):
         monkeypatch.setattr(module, "tiny_world_folder", barely_trained)
     quick = ("--train-steps=2", "--batch-size=8", "--sample-images=1", "--sample-steps=2")
     answer = learn(*quick, f"--out={tmp_path / 'out'}")

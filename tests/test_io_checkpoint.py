@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 from jaxdiff.errors import InputError
 from jaxdiff.io import checkpoint
 from jaxdiff.io.checkpoint import DIGESTS, Checkpoints
+from jaxdiff.io.weight_files import forget_weights, weight_files
 from jaxdiff.mesh import make_mesh
 from jaxdiff.recipes.training import create_state, make_optimizer
 
@@ -138,6 +140,23 @@ def test_to_be_read_only_damage_is_passed_over_and_nothing_is_touched(saved, how
     assert contents(saved) == before
     assert (saved / "6.orbax-checkpoint-tmp").is_dir()
     assert [text.endswith("it was passed over") for text in said] == [True]
+
+
+def test_a_folder_that_is_only_called_like_a_number_is_left_alone(saved):
+    (saved / "007").mkdir()
+    said = []
+    assert Checkpoints(saved, report=said.append).restore(state_at(0))[1] == 5
+    assert said == []
+    assert (saved / "007").is_dir()
+
+
+def test_the_digests_of_what_was_read_are_on_record(saved):
+    forget_weights()
+    Checkpoints(saved).restore(state_at(0))
+    assert weight_files() == {}  # a run that goes on writes its own
+    Checkpoints(saved, read_only=True).restore(state_at(0), 4)
+    digest = hashlib.sha256((saved / "4" / DIGESTS).read_bytes()).hexdigest()
+    assert weight_files() == {str((saved / "4" / DIGESTS).resolve()): digest}
 
 
 def test_a_folder_without_checkpoints_is_not_made_by_reading(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,7 +145,7 @@ def test_a_process_that_fails_alone_ends_the_others_with_its_reason(tmp_path, al
         leader, failed = map(finish, jobs)
     assert (failed.code, leader.code) == (2, 3)
     assert "jaxdiff job: error: pictures/7.png: Input/output error" in failed.err
-    assert "process 1 stopped: error: pictures/7.png: Input/output error; run the same command" in leader.err
+    assert "process 1 stopped: error: pictures/7.png: Input/output error\n" in leader.err
     end_of(folder, alone)
 
 
@@ -158,6 +159,55 @@ def test_a_run_moves_between_devices_and_processes_with_the_same_values_and_rows
     job_here(folder, f"--steps={STEPS}", "--devices=1")
     np.testing.assert_allclose(losses(folder), losses(alone), rtol=1e-5)
     assert rows_read(folder) == rows_read(alone)
+
+
+def test_a_port_that_another_run_listens_at_is_refused_in_one_sentence(tmp_path):
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC does, so that it would share the port
+        taken.bind(("::", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = [sys.executable, JOB, f"--out={tmp_path / 'run'}", f"--distributed=127.0.0.1:{port},2,0"]
+        answer = subprocess.run(words, capture_output=True, text=True)
+    assert answer.returncode == 2
+    assert f"port {port} cannot be used (Address already in use); give each run its own" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_whose_others_never_come_says_so(tmp_path, index):
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    program = (
+        f"import runpy, sys; from jaxdiff import processes; processes.MEETING_SECONDS = 2.0; "
+        f"sys.argv = ['job', '--out={tmp_path / 'run'}', '--distributed=127.0.0.1:{port},2,{index}']; "
+        f"runpy.run_path({JOB!r}, run_name='__main__')"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 2, answer.stderr
+    assert "the processes have not met within 2 s; are all of them started" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_request_in_the_very_last_step_is_obeyed_by_all(tmp_path):
+    answers = [finish(job) for job in start_job(tmp_path / "run", 2, "--stop-at-end")]
+    assert [answer.code for answer in answers] == [130, 130], answers
+    assert all("trained to the end and saved; run the same command again" in answer.err for answer in answers)
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_and_is_asked_to_stop_tells_the_others(tmp_path):
+    jobs = start_job(tmp_path / "run", 2, "--late=60")
+    with ended(jobs):
+        assert jobs[0].stdout.readline() == "late\n"
+        time.sleep(2)
+        jobs[1].send_signal(signal.SIGTERM)
+        since = time.monotonic()
+        leader, asked = map(finish, jobs)
+    assert time.monotonic() - since < 12
+    assert (asked.code, leader.code) == (130, 3)
+    assert "process 0 leaves: process 1 stopped: jaxdiff job: interrupted" in leader.err
 
 
 def test_auto_without_a_job_is_one_sentence(tmp_path):

@@ -20,7 +20,7 @@ from jaxdiff.mesh import make_mesh, put_batch
 from jaxdiff.recipes.custom_diffusion import base_hash
 from jaxdiff.recipes.inversion_batches import Source, make_batches
 from jaxdiff.recipes.inversion_data import shrink_masks
-from jaxdiff.recipes.inversion_training import prepare_inversion
+from jaxdiff.recipes.inversion_parts import prepare_inversion
 from jaxdiff.recipes.learned_words import TABLE, add_words, first_rows, get_leaf
 from jaxdiff.recipes.stable_diffusion import decode_latents, make_latent_sampler
 from jaxdiff.recipes.text_to_image_model import prepare

@@ -157,8 +157,13 @@ def test_the_prediction_type_and_the_size_travel_with_the_file(made, tmp_path):
     assert json.loads((folder / "out" / "unet" / "config.json").read_text())["sample_size"] == 8
     bare = tmp_path / "bare.safetensors"  # as others write them: no metadata
     save_file(load_file(folder / "single.safetensors"), bare)
+    if version == 2:
+        refused(
+            convert(bare, tmp_path / "out", "--tokenizer", folder / "vocabulary"),
+            "nothing in it says what this Stable Diffusion 2.x predicts: set --prediction-type",
+        )
     for words, expected in [
-        ((), ("epsilon", 256)),
+        (() if version == 1 else ("--prediction-type", "epsilon"), ("epsilon", 256)),
         (("--prediction-type", "v"), ("v_prediction", (256, 384)[version - 1])),
     ]:
         converted(bare, tmp_path / "out", "--tokenizer", folder / "vocabulary", *words)

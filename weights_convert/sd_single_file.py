@@ -46,10 +46,11 @@ def read_single_file(path: Path, ema: bool = False, prediction_type: str | None 
     Args:
       path: of the file.
       ema: take the averaged weights of the denoising network, which full checkpoints hold beside the last.
-      prediction_type: epsilon or v; None means as the file's metadata say, else epsilon.
+      prediction_type: epsilon or v; None means as the file's metadata say, else epsilon for 1.x.
 
     Raises:
-      InputError: it is another kind of file, or a tensor is missing, not expected or of another shape.
+      InputError: it is another kind of file, or a tensor is missing, not expected or of another shape, or it is
+        a 2.x file that does not say what it predicts.
     """
     is_safetensors = path.suffix == ".safetensors"
     source = TensorFile(path) if is_safetensors else read_checkpoint(path)
@@ -59,7 +60,13 @@ def read_single_file(path: Path, ema: bool = False, prediction_type: str | None 
         layout = read_layout(tensors.specs)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    prediction_type = prediction_type or metadata.get(PREDICTION_TYPE, "epsilon")
+    prediction_type = prediction_type or metadata.get(PREDICTION_TYPE)
+    if prediction_type is None and layout.version == 2:
+        raise InputError(
+            f"{path}: nothing in it says what this Stable Diffusion 2.x predicts: set --prediction-type, which is "
+            "epsilon for the 512x512 models (2-base, 2.1-base) and v for the 768x768 ones (2, 2.1)"
+        )
+    prediction_type = prediction_type or "epsilon"
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"{path}: its metadata say {PREDICTION_TYPE} {prediction_type!r}; set --prediction-type")
     size = 768 if layout.version == 2 and prediction_type == "v" else 512

@@ -26,8 +26,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.weight_files import file_sha256
-from jaxdiff.processes import barrier, is_leader
+from jaxdiff.io.weight_files import file_sha256, note_weights
+from jaxdiff.processes import barrier, from_leader, is_leader
 
 DIGESTS = "digests.json"
 METRIC = "validation_loss"
@@ -61,7 +61,7 @@ class Checkpoints:
             self._clear_unfinished()
         # Before Orbax opens the folder, because it reads some of the files and fails on damaged ones.
         for folder in sorted(self.directory.glob("[0-9]*")) if is_leader() or read_only else ():
-            if folder.name.isdecimal() and (fault := find_damage(folder)):
+            if folder.name == _as_step(folder.name) and (fault := find_damage(folder)):
                 self._set_aside(int(folder.name), fault)
         barrier()  # else another process would list what is about to be set aside
         self._manager = self._open()
@@ -169,7 +169,8 @@ class Checkpoints:
         Raises:
           InputError: something was saved, but nothing good is left, or what is left is not like `like`.
         """
-        for candidate in reversed(self.steps() if step is None else [step]):
+        # A run that goes on may add and delete checkpoints while several processes look.
+        for candidate in reversed(from_leader(self.steps) if step is None else [step]):
             folder = self.directory / str(candidate)
             try:
                 if not cast:
@@ -193,6 +194,9 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Return the step of lowest validation loss among the checkpoints that have one."""
+        return from_leader(self._find_best)
+
+    def _find_best(self) -> int | None:
         losses = {step: self._manager.metrics(step) for step in self.steps()}
         known = {step: metrics[METRIC] for step, metrics in losses.items() if metrics}
         return min(known, key=known.__getitem__) if known else None
@@ -200,6 +204,8 @@ class Checkpoints:
     def _read(self, step: int, like: Any) -> Any:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        if self.read_only:
+            note_weights(self.directory / str(step) / DIGESTS)  # it holds the digests of all others
         return restored["state"]
 
     def _require_dtypes(self, step: int, like: Any) -> None:
@@ -303,6 +309,11 @@ def find_damage(folder: Path) -> str | None:
     if unknown := _files(folder) - expected.keys():
         return f"{min(unknown)} was not there when it was written"
     return None
+
+
+def _as_step(name: str) -> str | None:
+    """Return how Orbax names the checkpoint of a step, or None for a name that is no number."""
+    return str(int(name)) if name.isdecimal() else None
 
 
 def _files(folder: Path) -> set[str]:

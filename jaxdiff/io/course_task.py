@@ -15,6 +15,9 @@ from typing import Any
 from jaxdiff.errors import InputError
 from jaxdiff.io.strict_json import read_strict_json
 
+COUNTED = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif"})
+"""What the grader takes for a picture."""
+
 
 @dataclass(frozen=True)
 class TaskConcept:

@@ -39,7 +39,7 @@ def labelled_grid(
 
     Args:
       images: row by row, one for each pair of labels.
-      row_labels: names at the left, cut with an ellipsis where they are long.
+      row_labels: names at the left, on several lines where they are long, and cut where that does not suffice.
       column_labels: names above the columns.
       title: one line.
       row_axis: what the rows are.
@@ -60,8 +60,10 @@ def labelled_grid(
     style = style.enlarged(max(height, width))
     font, bold = ImageFont.load_default(style.text), ImageFont.load_default(style.title)
     pad = style.text // 2
-    names = [shorten(name, font, 12 * style.text) for name in row_labels]
-    left = style.margin + (style.text + pad if row_axis else 0) + int(max(map(font.getlength, names))) + pad
+    line_height = style.text + pad // 2
+    names = [wrap(name, font, 12 * style.text, max(1, height // line_height)) for name in row_labels]
+    longest = max(font.getlength(line) for name in names for line in name)
+    left = style.margin + (style.text + pad if row_axis else 0) + int(longest) + pad
     top = style.margin + style.title + (style.text + pad) * (2 if column_axis else 1) + 2 * pad
     step_x, step_y = width + style.gap, height + style.gap
     wide, high = columns * step_x - style.gap, rows * step_y - style.gap
@@ -76,8 +78,10 @@ def labelled_grid(
     for j, name in enumerate(column_labels):
         name = shorten(name, font, step_x)
         pen.text((left + j * step_x + width / 2, top - pad), name, INK, font, anchor="ms")
-    for i, name in enumerate(names):
-        pen.text((left - pad, top + i * step_y + height / 2), name, INK, font, anchor="rm")
+    for i, lines in enumerate(names):
+        for j, line in enumerate(lines):
+            middle = top + i * step_y + height / 2 + (j - (len(lines) - 1) / 2) * line_height
+            pen.text((left - pad, middle), line, INK, font, anchor="rm")
     if row_axis:
         upright = Image.new("RGB", (high, style.text + pad), "white")
         name = shorten(row_axis, font, high)
@@ -87,6 +91,18 @@ def labelled_grid(
         i, j = divmod(number, columns)
         canvas.paste(Image.fromarray(picture), (left + j * step_x, top + i * step_y))
     return np.asarray(canvas)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
+    """Break a text between words into lines that fit the width, `most` at most, and cut what does not fit."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or len(lines) == most or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [shorten(line, font, width) for line in lines]
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

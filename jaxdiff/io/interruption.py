@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from jaxdiff import processes
+
 GRACE = 5.0
 """Seconds that a process without work to save may go on computing after the first signal."""
 SAME = 0.5
@@ -99,4 +101,5 @@ def _watch(reading: int, sentence: str) -> None:
                 os._exit(128 + stops[0])
         if first is not None and not _at_stake.is_set() and time.monotonic() - first > GRACE:
             os.write(2, f"\n{sentence}\n".encode())
+            processes.fail(INTERRUPTED, sentence)
             os._exit(INTERRUPTED)

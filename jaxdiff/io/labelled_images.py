@@ -8,7 +8,7 @@ digits                            the held-out part of the embedded digits
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,9 +156,9 @@ def list_folder(folder: Path) -> list[tuple[Path, str]]:
     return [(file, str(int(file.stem.split("_")[0]))) for file in files]
 
 
-def pictures(folder: Path) -> list[Path]:
+def pictures(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """Return the picture files of a folder in order of name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
 
 
 def list_csv(table: Path) -> list[tuple[Path, str]]:

@@ -218,6 +218,18 @@ def check_same_data(folder: Path, found: Mapping[str, Any], what: str = "the pic
     write_json(path, found)
 
 
+def data_hash(folder: Path) -> str:
+    """Return the "sha256" of what a run was trained with, from `check_same_data`.
+
+    Raises:
+      InputError: its data.json is missing, or not one.
+    """
+    found = read_json(folder / DATA).get("sha256")
+    if not isinstance(found, str):
+        raise InputError(f"{folder / DATA}: has no sha256, so it is not train_cfg's; run train_cfg again")
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object.
 

@@ -18,7 +18,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.run_lock import hold_folder
 from jaxdiff.io.runs import read_json, write_json
 from jaxdiff.io.weights import read_safetensors, write_safetensors
-from jaxdiff.processes import barrier, on_leader, own_share
+from jaxdiff.processes import from_leader, on_leader, own_share
 
 ABOUT = "about.json"
 
@@ -56,9 +56,8 @@ class Shards:
 
     def missing(self) -> Iterator[int]:
         """Yield the numbers of those files that are this process's to make."""
-        absent = [number for number in range(self.total) if not self._path(number).exists()]
         # The files of a killed run are no even share, so what is missing is shared out, not all numbers.
-        barrier()
+        absent = from_leader(lambda: [number for number in range(self.total) if not self._path(number).exists()])
         yield from (absent[place] for place in own_share(len(absent)))
 
     def write(self, number: int, arrays: Mapping[str, Any]) -> None:

@@ -34,6 +34,10 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
         raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__} instead of an object")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds {error.object[error.start]!a}, half of a character") from error
     return value
 
 

@@ -35,10 +35,11 @@ STYLES = ("photograph", "street")
 """The domains of `jaxdiff.io.digits.DOMAINS`, as styles."""
 WORLD_CAPTIONS = (*CAPTIONS, *((f"{{}} in the style of a {style}.", domain) for domain, style in enumerate(STYLES)))
 NAMED, DESCRIBED, EMPTY = 0.4, 0.4, 0.1
-"""Shares of captions with a name, with parts, and of empty ones, for guidance; the rest says `UNKNOWN`."""
+"""Shares of captions with a name, with parts, and of empty ones, for guidance; the rest says `UNKNOWN`. Where a name
+would stand of the digit that has none, its parts do."""
 PART_BEFORE_NAME = 0.25
 """Share of names that follow a part."""
-NUMBERS_OF_PARTS = (0.3, 0.5, 0.2)
+NUMBERS_OF_PARTS = (0.2, 0.4, 0.4)
 """Shares of descriptions with one part, two and three."""
 
 
@@ -69,7 +70,7 @@ def draw_captions(
     count: int,
     empty: float = EMPTY,
 ) -> tuple[Int[np.ndarray, "count"], list[Caption]]:
-    """Draw captions, and for each a picture that it is true of; what names no digit speaks of all alike.
+    """Draw pictures, all equally often, and a true caption for each.
 
     Args:
       rng: random numbers.
@@ -81,14 +82,11 @@ def draw_captions(
     Returns:
       Number of each picture, and the captions.
     """
-    nameable = np.flatnonzero(labels != UNSPOKEN)
-    chosen, captions = np.zeros(count, np.int64), []
-    for place in range(count):
+    chosen, captions = rng.integers(len(labels), size=count), []
+    for picture in chosen:
         kind = rng.random() * (1 - EMPTY + empty)
-        picture = rng.choice(nameable) if kind < NAMED else rng.integers(len(labels))
         label, domain = int(labels[picture]), int(domains[picture])
-        chosen[place] = picture
-        if kind < NAMED:
+        if kind < NAMED and label != UNSPOKEN:
             subject, digits = name_digit(rng, label), frozenset({label})
         elif kind < NAMED + DESCRIBED:
             subject, digits = describe_parts(rng, label)

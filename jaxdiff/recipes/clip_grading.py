@@ -1,7 +1,7 @@
 """Groups of pictures, one a prompt, with what they are held to; their scores by one CLIP."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +10,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.course_task import read_task
+from jaxdiff.io.course_task import COUNTED, read_task
+from jaxdiff.io.folders import SUFFIXES
 from jaxdiff.io.labelled_images import LabelledImages, pictures
 from jaxdiff.io.runs import Figures
 from jaxdiff.recipes.clip_features import Encoder, encode_prompts, share_images
 from jaxdiff.recipes.clip_scores import (
     Embeds,
+    Interval,
+    best_intervals,
     best_pictures,
     cmmd,
     cmmd_interval,
@@ -85,12 +88,12 @@ def task_groups(task: Path, generated: Path, references: Path, count: int) -> li
     """
     groups = []
     for concept in read_task(task):
-        originals = list_pictures(references / concept.key, "--references")
+        originals = list_pictures(references / concept.key, "--references", COUNTED)
         for number, (prompt, plain, baseline) in enumerate(
             zip(concept.prompts, concept.plain_prompts, concept.baselines)
         ):
             folder = generated / concept.key / str(number)
-            files = list_pictures(folder, "--generated")
+            files = list_pictures(folder, "--generated", COUNTED)
             if len(files) != count:
                 raise InputError(f"--generated {folder}: {len(files)} pictures, must be {count}; --count says how many")
             stripped = without(concept.token, prompt)
@@ -103,7 +106,7 @@ def without(token: str, prompt: str) -> str:
     return re.sub(r"\s+", " ", prompt.replace(token, " ")).strip()
 
 
-def list_pictures(folder: Path, flag: str) -> tuple[Path, ...]:
+def list_pictures(folder: Path, flag: str, suffixes: Collection[str] = SUFFIXES) -> tuple[Path, ...]:
     """Return the pictures of a folder in order of name.
 
     Raises:
@@ -111,7 +114,7 @@ def list_pictures(folder: Path, flag: str) -> tuple[Path, ...]:
     """
     if not folder.expanduser().is_dir():
         raise InputError(f"{flag} {folder}: no such folder")
-    found = tuple(pictures(folder.expanduser()))
+    found = tuple(pictures(folder.expanduser(), suffixes))
     if not found:
         raise InputError(f"{flag} {folder}: holds no pictures")
     return found
@@ -166,25 +169,29 @@ def _grade(
     text = text_scores(drawn, by_text[group.prompt], scale) if group.prompt else np.zeros(0)
     figures: Figures = {"pictures": len(drawn), "references": len(originals)}
 
+    def note(name: str, interval: Interval) -> None:
+        figures[name] = interval.mean
+        if interval.low is not None and interval.high is not None:
+            figures.update({f"{name}_low": interval.low, f"{name}_high": interval.high})
+
     def add(name: str, values: Float[np.ndarray, "_"]) -> None:
-        interval = mean_interval(values, seed)
-        figures.update({name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high})
+        note(name, mean_interval(values, seed))
 
     best, passed = np.zeros(0, np.int64), None
     if len(image) and len(text):
         best = best_pictures(image, text)
-        found = float(image[best].mean()), float(text[best].mean())
-        figures |= {"best.image_score": found[0], "best.text_score": found[1]}
+        of_image, of_text = best_intervals(image, text, seed)
+        note("best.image_score", of_image)
+        note("best.text_score", of_text)
         if group.baseline is not None:
-            passed = all(score >= least for score, least in zip(found, group.baseline))
+            passed = all(found.mean >= least for found, least in zip((of_image, of_text), group.baseline))
             figures["passed"] = int(passed)
     if len(image):
         add("image_score", image)
         add("clip_i", image / 100)
-        figures["clip_i_times_2.5"] = 2.5 * float(np.maximum(image / 100, 0).mean())
+        add("clip_i_times_2.5", 2.5 * np.maximum(image / 100, 0))
         if min(len(drawn), len(originals)) > 1:
-            interval = cmmd_interval(drawn, originals, seed)
-            figures |= {"cmmd": interval.mean, "cmmd_low": interval.low, "cmmd_high": interval.high}
+            note("cmmd", cmmd_interval(drawn, originals, seed))
             figures["cmmd_with_self_pairs"] = cmmd(drawn, originals, unbiased=False)
     if len(text):
         add("text_score", text)
@@ -192,7 +199,7 @@ def _grade(
         if prompt:
             cosine = text_scores(drawn, by_text[prompt], 0.0)
             add(name, cosine)
-            figures[f"{name}_times_2.5"] = 2.5 * float(np.maximum(cosine, 0).mean())
+            add(f"{name}_times_2.5", 2.5 * np.maximum(cosine, 0))
     anything = by_text[ANYTHING]
     margins = {word: presence_margins(drawn, by_text[NAMING.format(word)], anything, scale) for word in group.words}
     for word, margin in margins.items():

@@ -12,6 +12,7 @@ means of k_xx and k_yy leave out pairs of a picture with itself, as the paper's 
 them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,11 +29,11 @@ Scores = Float[np.ndarray, "N"]
 
 
 class Interval(NamedTuple):
-    """A mean and its 95 % interval."""
+    """A mean and its 95 % interval, which too few pictures do not have."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def image_scores(pictures: Embeds, references: Embeds) -> Float[np.ndarray, "_"]:
@@ -62,10 +63,32 @@ def presence_margins(
 
 def mean_interval(values: Scores, seed: int) -> Interval:
     """Return the mean with its 95 % percentile bootstrap interval (Efron 1979) over pictures."""
+    (found,) = _bootstrap(lambda chosen: (values[chosen].mean(),), len(values), seed)
+    return found
+
+
+def best_intervals(image: Scores, text: Scores, seed: int) -> tuple[Interval, Interval]:
+    """Return both means of (3) with their intervals over pictures, of which the best are chosen anew each time."""
+
+    def means(chosen: Int[np.ndarray, "N"]) -> tuple[float, float]:
+        best = chosen[best_pictures(image[chosen], text[chosen])]
+        return image[best].mean(), text[best].mean()
+
+    of_image, of_text = _bootstrap(means, len(image), seed)
+    return of_image, of_text
+
+
+def _bootstrap(
+    statistics: Callable[[Int[np.ndarray, "N"]], tuple[float, ...]], number: int, seed: int
+) -> list[Interval]:
+    """Return statistics of numbered pictures with their percentile bootstrap intervals."""
+    whole = statistics(np.arange(number))
+    if number < 2:
+        return [Interval(float(value), None, None) for value in whole]
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Interval(float(values.mean()), float(low), float(high))
+    drawn = np.array([statistics(rng.integers(0, number, number)) for _ in range(RESAMPLES)])
+    low, high = np.percentile(drawn, (2.5, 97.5), axis=0)
+    return [Interval(*map(float, found)) for found in zip(whole, low, high)]
 
 
 def cmmd(pictures: Embeds, references: Embeds, unbiased: bool = True) -> float:
@@ -110,7 +133,7 @@ def cmmd_interval(pictures: Embeds, references: Embeds, seed: int, resamples: in
     within_references = _mean_within(references, unbiased=True)
     whole, half = _cmmd(pictures, references, within_references), max(2, len(pictures) // 2)
     if half == len(pictures):
-        return Interval(whole, whole, whole)
+        return Interval(whole, None, None)
     drawn = np.array([
         _cmmd(pictures[rng.permutation(len(pictures))[:half]], references, within_references)
         for _ in range(resamples)

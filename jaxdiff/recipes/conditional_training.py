@@ -18,12 +18,12 @@ from jaxdiff.io.datasets import Dataset, Splits, batches
 from jaxdiff.io.grids import GridStyle, labelled_grid
 from jaxdiff.io.images import write_png
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
-from jaxdiff.io.runs import Figures, read_json
+from jaxdiff.io.runs import Figures
 from jaxdiff.mesh import put_whole
 from jaxdiff.models.classifier import ClassifierConfig
 from jaxdiff.recipes.conditional import ConditionalModel, build_conditional_model
 from jaxdiff.recipes.evaluation import draw_samples
-from jaxdiff.recipes.judge import JUDGE, Judge, load_judge
+from jaxdiff.recipes.judge import Judge, load_judge, read_judge_record
 from jaxdiff.recipes.loop import TrainingLoop
 from jaxdiff.recipes.objective import make_diffusion_loss
 from jaxdiff.recipes.sampling import ImageSampler
@@ -141,7 +141,7 @@ def restore_trained(
     config = ClassifierConfig(len(model.class_names), len(model.domain_names))
     judge = load_judge(run, config, model.image_shape, mesh)
     print(f"sampling step {step} of {training.train_steps}")
-    return model, params, judge, {"training.step": step, **read_json(run / JUDGE)["figures"]}
+    return model, params, judge, {"training.step": step, **read_judge_record(run).figures}
 
 
 def restore_model(
@@ -167,12 +167,10 @@ def restore_model(
     Raises:
       InputError: the run has no judge, which knows its classes and domains, or no such checkpoint yet.
     """
-    if not (run / JUDGE).is_file():
-        raise InputError(f"{run}: its judge is not trained yet; run train_cfg again, to the end")
-    record = read_json(run / JUDGE)
-    height, width, channels = record["image_shape"]
-    names = tuple(record["class_names"]), tuple(record["domain_names"])
-    model = build_conditional_model(preset, dtype, diffusion, (height, width, channels), *names)
+    record = read_judge_record(run)
+    model = build_conditional_model(
+        preset, dtype, diffusion, record.image_shape, record.class_names, record.domain_names
+    )
     optimizer, _ = optimizer_of(training)
     like = create_state(model.compile_init()(jax.random.key(0)), optimizer, jax.random.key(0), mesh)
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)

@@ -4,12 +4,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.course_task import read_task
+from jaxdiff.io.course_task import COUNTED, read_task
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.recipes.text_to_image import Job
-
-COUNTED = {".png", ".jpg", ".jpeg", ".bmp", ".gif"}
-"""What the grader takes for a picture."""
 
 
 def list_delivery(path: Path, num_images: int) -> tuple[list[str], list[Job]]:

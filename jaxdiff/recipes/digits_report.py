@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
 
 from jaxdiff.io.file_names import as_file_name
 from jaxdiff.io.images import write_png
 from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash, versions
 from jaxdiff.io.report import Confusion, Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
-from jaxdiff.io.runs import DATA, Figures, as_json, read_json, write_results
+from jaxdiff.io.runs import Figures, as_json, data_hash, read_json, write_results
 from jaxdiff.io.shards import Shards
 from jaxdiff.mesh import bring_home, device_name, own_mesh, round_up
 from jaxdiff.processes import barrier, is_leader
@@ -137,9 +136,15 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
     """
     task = on_own_devices(task)
     model, out = task.model, task.out
-    images, rate = draw_all(task)
+    hashes = {
+        "data": data_hash(task.run),
+        "ema_params": tree_hash(task.params),
+        "judge": tree_hash(task.judge.params),
+    }
+    shards, rate = draw_all(task)
     if not is_leader():
         return []
+    images = by_domain(model, shards.read()["images"])
     samples = judge_samples(task.judge, images, task.mesh)
     grids = [domain_grid(model, images[d], name, task.sampling) for d, name in enumerate(model.domain_names)]
     strips = reverse_strips(model, task.params, task.sampling, task.seed, task.mesh)
@@ -161,11 +166,6 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
             f"{name}: {percent(figures[f'judge.sample_accuracy.{name}'])} of {figures[f'judge.samples.{name}']:,} "
             f"samples recognised (judge on real images: {percent(figures[f'judge.real_accuracy.{name}'])})"
         )
-    hashes = {
-        "data": read_json(task.run / DATA)["sha256"],
-        "ema_params": tree_hash(task.params),
-        "judge": tree_hash(task.judge.params),
-    }
     results = write_results(out, figures, config, hashes, device_name(task.mesh))
     page = write_page(task, samples, figures, grids, strips, read_json(results))
     return [*paths, out / SHARDS, results, page]
@@ -186,8 +186,8 @@ def on_own_devices(task: Evaluation) -> Evaluation:
     )
 
 
-def draw_all(task: Evaluation) -> tuple[UInt8[np.ndarray, "D K M H W C"], Figures]:
-    """Sample every image that is not in a file yet, and return all, and how many this process drew in a second."""
+def draw_all(task: Evaluation) -> tuple[Shards, Figures]:
+    """Sample every image that is not in a file yet; return the files, and how many this process drew in a second."""
     model, at_once = task.model, round_up(task.sampling.sample_batch_size, task.mesh)
 
     def about() -> dict[str, Any]:
@@ -207,7 +207,7 @@ def draw_all(task: Evaluation) -> tuple[UInt8[np.ndarray, "D K M H W C"], Figure
     drawn = draw_shards(shards, task.sampler, model, task.params, task.samples_per_class, task.seed, at_once, task.mesh)
     rate: Figures = {"sampling.images_per_second": drawn / (time.perf_counter() - begun)} if drawn else {}
     barrier()
-    return by_domain(model, shards.read()["images"]), rate
+    return shards, rate
 
 
 def write_page(

@@ -10,24 +10,25 @@ from jax.sharding import Mesh
 
 from jaxdiff.io.images import to_float
 from jaxdiff.mesh import round_up
-from jaxdiff.recipes.inversion_training import choose_optimizer, first_deltas
+from jaxdiff.recipes.inversion_parts import choose_optimizer, first_deltas
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
-from jaxdiff.recipes.text_to_image_model import drawing_programs, list_memory, read_shapes
+from jaxdiff.recipes.memory import Sizes, estimate_memory
+from jaxdiff.recipes.text_to_image_model import drawing_programs, read_shapes
 from jaxdiff.recipes.textual_inversion import PICTURES_AT_ONCE, InversionBatch, make_inversion_loss
 from jaxdiff.recipes.training import create_state, make_train_step
 from jaxdiff.text2image_settings import LatentModelSettings
 from jaxdiff.textual_inversion_settings import InversionSettings
 
 
-def describe_memory(
+def estimate_learning(
     words: Sequence[str], settings: LatentModelSettings, training: InversionSettings, mesh: Mesh
-) -> str:
+) -> Sizes:
     """Return what a device would hold while words are learned and pictures drawn with them.
 
     Raises:
       InputError: the size does not fit the model.
     """
-    model, params = read_shapes(settings, mesh)
+    model, params = read_shapes(settings)
     size = training.size or model.default_size
     latent_shape = model.latent_shape(size, size)
     text = model.text_encoder.config
@@ -57,7 +58,7 @@ def describe_memory(
     )
     at_once = round_up(PICTURES_AT_ONCE, mesh)
     pixels = jax.ShapeDtypeStruct((at_once, size, size, 3), jnp.uint8)
-    return list_memory(params, {
+    return estimate_memory(params, {
         f"learning, {training.batch_size} pictures a step":
             jax.jit(step).lower(state, InversionBatch(ids, latents, latents), params),
         f"encoding, {at_once} pictures at once": jax.jit(encode).lower(params["vae"], pixels),

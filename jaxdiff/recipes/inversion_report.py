@@ -16,7 +16,8 @@ from jaxdiff.io.report import Curve, Figure, Picture, Report, Section, Table, fa
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.mesh import device_name, own_copy
 from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, split_trained, write_for_diffusers
-from jaxdiff.recipes.inversion_training import InversionParts, draw_pictures, make_grid, prompts_of
+from jaxdiff.recipes.inversion_parts import InversionParts, prompts_of
+from jaxdiff.recipes.inversion_training import draw_pictures, make_grid
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_report import shrink, strip
 from jaxdiff.textual_inversion_settings import InversionSettings
@@ -66,7 +67,7 @@ def write_outputs(
             ])
             for concept, found in zip(parts.concepts, parts.data.originals)
         ),
-        Section("Training", training_blocks(lines, rows, figures),
+        Section("Training", training_blocks(lines, rows, figures, training.adapter_rank),
                 "The loss of a step says little: most of it depends on the timesteps drawn. That by timestep is taken "
                 "of the same texts, pictures and noise every time."),
     ]  # fmt: skip
@@ -121,8 +122,12 @@ def write_adapters(
     return [out / ADAPTER, out / DIFFUSERS_FILE]
 
 
-def training_blocks(lines: Sequence[Mapping[str, Any]], rows: Learned, figures: Figures) -> list[Any]:
-    """Return the curves of scores and of the loss, by timestep and of each step, and how far the rows moved."""
+def training_blocks(lines: Sequence[Mapping[str, Any]], rows: Learned, figures: Figures, rank: int | None) -> list[Any]:
+    """Return the curves of scores and of the loss, by timestep and of each step, and how far all moved."""
+    matrices = ""
+    if "moved.matrices" in figures:
+        kept = "whole" if rank is None else f"at rank {rank}"
+        matrices = f" The matrices, kept {kept}, moved by {figures['moved.matrices']:.3f} (Frobenius norm of all)."
     losses, scores = (
         [(line["step"], line[name]) for line in lines if name in line] for name in ("loss", "image_score")
     )
@@ -132,7 +137,7 @@ def training_blocks(lines: Sequence[Mapping[str, Any]], rows: Learned, figures: 
             ["word", "vectors", "mean norm", "moved by"],
             [[word, str(len(row)), f"{figures[f'norm.{word}']:.3f}", f"{figures[f'moved.{word}']:.3f}"]
              for word, row in rows.items()],
-            f"The median norm of the model's own words is {figures['norm.vocabulary_median']:.3f}.",
+            f"The median norm of the model's own words is {figures['norm.vocabulary_median']:.3f}.{matrices}",
         )
     ]  # fmt: skip
     if len(losses) > 1:

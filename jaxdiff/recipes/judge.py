@@ -19,7 +19,8 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Batch, Dataset, Splits, batches
 from jaxdiff.io.images import to_float
 from jaxdiff.io.progress import progress_bar
-from jaxdiff.io.runs import Figures, write_json
+from jaxdiff.io.runs import Figures, read_json, write_json
+from jaxdiff.io.strict_json import decode
 from jaxdiff.mesh import put_whole, replicated, round_up
 from jaxdiff.models.classifier import Classifier, ClassifierConfig
 from jaxdiff.recipes.training import (
@@ -44,6 +45,15 @@ class Judge(NamedTuple):
 
     config: ClassifierConfig
     params: Any
+
+
+class JudgeRecord(NamedTuple):
+    """What judge.json says: what the judge tells apart, and how well."""
+
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    figures: Figures
 
 
 class Verdict(NamedTuple):
@@ -106,10 +116,32 @@ def prepare_judge(splits: Splits, num_steps: int, seed: int, mesh: Mesh, run: Pa
             f"{domain} images recognised"
         )
     height, width, channels = held_out.images.shape[1:]
-    names = {"class_names": held_out.class_names, "domain_names": held_out.domain_names}
+    record = JudgeRecord(held_out.class_names, held_out.domain_names, (height, width, channels), figures)
     if processes.is_leader():
-        write_json(run / JUDGE, {**names, "image_shape": [height, width, channels], "figures": figures})
+        write_json(run / JUDGE, record._asdict())
     return judge, figures
+
+
+def read_judge_record(run: Path) -> JudgeRecord:
+    """Read a run's judge.json.
+
+    Raises:
+      InputError: the run has no judge yet, or the file is not one that `prepare_judge` wrote.
+    """
+    path = run / JUDGE
+    if not path.is_file():
+        raise InputError(f"{run}: its judge is not trained yet; run train_cfg again, to the end")
+    found = read_json(path)
+    try:
+        kinds = {"class_names": tuple[str, ...], "domain_names": tuple[str, ...], "image_shape": tuple[int, ...]}
+        decoded = {name: decode(kind, found[name], name) for name, kind in kinds.items()}
+        figures: Figures = found["figures"]
+        for name, value in figures.items():
+            decode(float, value, name)
+        height, width, channels = decoded.pop("image_shape")
+    except (KeyError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: not the record of a judge ({error!r}); run train_cfg again") from error
+    return JudgeRecord(**decoded, image_shape=(height, width, channels), figures=figures)
 
 
 def load_judge(run: Path, config: ClassifierConfig, image_shape: tuple[int, int, int], mesh: Mesh) -> Judge:

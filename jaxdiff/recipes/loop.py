@@ -16,7 +16,7 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.metrics import MetricsLog
 from jaxdiff.io.progress import progress_bar
-from jaxdiff.mesh import AgreedStop
+from jaxdiff.mesh import AgreedStop, any_process
 from jaxdiff.recipes.training import StepResult, TrainState, find_not_finite, fit
 from jaxdiff.settings import OptimizationSettings
 
@@ -87,7 +87,8 @@ class TrainingLoop:
                         "run the same command again to go on"
                     )
             self.checkpoints.wait()
-            if stop.requested:  # while the last checkpoint was written
+            # In the last step, or while the last checkpoint was written.
+            if any_process(request.requested, self.mesh):
                 raise InterruptedRun("trained to the end and saved; run the same command again for what follows")
         return state
 

@@ -215,7 +215,8 @@ def choose_kernel(dtype: DTypeLike, head_dims: tuple[int, ...]) -> tuple[Attenti
                 jax.block_until_ready(jax.jit(jax.grad(_total, argnums=(0, 1, 2)))(blank, keys, keys))
         except Exception as error:  # what cuDNN lacks is told by exceptions of many types
             return "xla", f"cuDNN's failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
-    return "cudnn", f"heads of {', '.join(map(str, sorted(set(head_dims))))} features in {np.dtype(dtype).name}"
+    sizes = ", ".join(map(str, sorted(set(head_dims))))
+    return "cudnn", f"heads of {sizes} features in {np.dtype(dtype).name}; texts of an odd number of tokens by xla"
 
 
 def _total(query: Array, key: Array, value: Array) -> Array:

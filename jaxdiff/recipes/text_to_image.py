@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxdiff.diffusion.samplers import starting_noise
-from jaxdiff.errors import InputError
 from jaxdiff.io.images import read_png_texts, to_uint8, write_png
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.progress import progress_bar
@@ -137,7 +136,7 @@ class TextToImage:
         pieces as it, or what is to be avoided, needs; so its pictures do not depend on the other prompts.
 
         Raises:
-          InputError: a prompt is too long, the numbers are not finite, or memory does not suffice.
+          InputError: a prompt is too long, or the numbers are not finite.
         """
         *ids, avoided = self.tokenize([*prompts, self.settings.negative])
         by_pieces: dict[int, list[Job]] = {}
@@ -168,15 +167,10 @@ class TextToImage:
             context = {prompt: context[prompt] for prompt in wanted}
             numbers = np.array([(job.row, job.number) for job in part], np.int32)
             pairs, vectors = put_batch((numbers, np.stack([context[job.prompt] for job in part])), self.mesh)
-            try:
-                keys, x_T = start(pairs)
-                sampled = self._sampler(params["unet"], x_T, keys, vectors, nothing)
-                check_finite_latents(self.model, sampled)
-                images = np.asarray(self._decoder(params, sampled.latents))
-            except jax.errors.JaxRuntimeError as error:
-                if not str(error).startswith("RESOURCE_EXHAUSTED"):
-                    raise
-                raise InputError(describe_want_of_memory(self.model, params, len(part))) from error
+            keys, x_T = start(pairs)
+            sampled = self._sampler(params["unet"], x_T, keys, vectors, nothing)
+            check_finite_latents(self.model, sampled)
+            images = np.asarray(self._decoder(params, sampled.latents))
             check_finite_pictures(self.model, images)
             yield from zip(part[:count], to_uint8(images))
 
@@ -250,15 +244,3 @@ def describe(prompt: str, number: int, about: Mapping[str, Any]) -> dict[str, st
     lines = [prompt, *([f"Negative prompt: {about['negative']}"] if about["negative"] else []), settings]
     everything = json.dumps({"prompt": prompt, "image": number, **about}, sort_keys=True)
     return {"parameters": "\n".join(lines), ABOUT: everything}
-
-
-def describe_want_of_memory(model: StableDiffusion, params: Params, batch: int) -> str:
-    """Return what to tell where so many pictures at once do not fit into memory."""
-    gigabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
-    remedies = "--batch-size, --height or --width"
-    if model.unet.dtype == jnp.float32:
-        remedies += ", or use --dtype bfloat16"
-    return (
-        f"out of memory with {batch} pictures at once beside {gigabytes:.1f} GB of weights: lower {remedies}; "
-        "--dry-run prints an estimate"
-    )

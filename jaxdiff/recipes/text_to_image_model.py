@@ -17,6 +17,7 @@ from jaxdiff.mesh import round_up, split_large
 from jaxdiff.recipes.custom_diffusion import read_adapters, words_of
 from jaxdiff.recipes.embedding_adjustment import adjust_words
 from jaxdiff.recipes.learned_words import add_words
+from jaxdiff.recipes.memory import Sizes, estimate_memory
 from jaxdiff.recipes.merging import with_adapters
 from jaxdiff.recipes.pipeline_folder import read_models
 from jaxdiff.recipes.pretrained_pipeline import FlaxStableDiffusionPipeline
@@ -60,6 +61,10 @@ def prepare(
     Raises:
       InputError: files are missing, damaged or another model's, or a setting does not fit the model.
     """
+    # From the configs alone, so that nothing large is read for what does not fit.
+    _, structure = read_structure(settings)
+    process = make_process(structure, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta)
+    size = picture_size(structure, pictures)
     dtype = default_dtype(settings)
     note = TINY_NOTE if settings.model == TINY else ""
     if settings.model == TINY:
@@ -83,13 +88,12 @@ def prepare(
     model, params = add_words(model, params, pipeline.tokenizer, more)
     learned |= more
     print(pipeline.attention)
-    size = picture_size(model, pictures)
     return TextToImage(
         model,
         jax.device_put(params, split_large(params, mesh)),
         pipeline.tokenizer,
         learned,
-        make_process(model, pictures.sampler, pictures.num_steps, pictures.spacing, pictures.eta),
+        process,
         size,
         pictures,
         {**describe_settings(pictures, model, pipeline.tokenizer, size, tree_hash(params)), **adjusted},
@@ -148,30 +152,33 @@ def describe_settings(
     }
 
 
-def describe_memory(settings: LatentModelSettings, pictures: PictureSettings, mesh: Mesh) -> str:
+def estimate_drawing(settings: LatentModelSettings, pictures: PictureSettings, mesh: Mesh) -> Sizes:
     """Return what a device would hold while it draws; only configs are read."""
-    model, params = read_shapes(settings, mesh)
-    return list_memory(params, drawing_programs(model, params, pictures, mesh))
+    model, params = read_shapes(settings)
+    return estimate_memory(params, drawing_programs(model, params, pictures, mesh))
 
 
-def read_shapes(settings: LatentModelSettings, mesh: Mesh) -> tuple[StableDiffusion, Params]:
-    """Return the model and the shapes of its parameters; only configs are read."""
+def read_structure(settings: LatentModelSettings) -> tuple[dict[str, Any], StableDiffusion]:
+    """Return the networks by name, without parameters, and the whole; only configs are read."""
     dtype = default_dtype(settings)
     dtypes = {"text_encoder": dtype, "unet": dtype, "vae": settings.decode_dtype}
     if settings.model == TINY:
-        models, model = tiny_models(dtypes)
-    elif settings.model == TINY_WORLD:
-        models, model = tiny_world_models(dtypes)
-    else:
-        models, model = read_models(settings.model, settings.revision, dtypes)
-    model = choose_attention(model)[0]
+        return tiny_models(dtypes)
+    if settings.model == TINY_WORLD:
+        return tiny_world_models(dtypes)
+    return read_models(settings.model, settings.revision, dtypes)
+
+
+def read_shapes(settings: LatentModelSettings) -> tuple[StableDiffusion, Params]:
+    """Return the model and the shapes of its parameters; only configs are read."""
+    models, model = read_structure(settings)
     params = {
         part: jax.tree.map(
-            lambda leaf, part=part: jax.ShapeDtypeStruct(leaf.shape, dtypes[part]), found.params_shape_tree
+            lambda leaf, dtype=found.dtype: jax.ShapeDtypeStruct(leaf.shape, dtype), found.params_shape_tree
         )
         for part, found in models.items()
     }
-    return model, params
+    return choose_attention(model)[0], params
 
 
 def drawing_programs(
@@ -195,17 +202,3 @@ def drawing_programs(
         f"sampling, {at_once}": sampler.lower(params["unet"], latents, keys, context, nothing),
         f"decoding, {at_once}": decoder.lower(params, latents),
     }
-
-
-def list_memory(params: Params, programs: Mapping[str, jax.stages.Lowered]) -> str:
-    """Return what a device would hold: the weights, and what each program needs beside them.
-
-    The programs are compiled, not run, so the figures are those of this machine and its devices.
-    """
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    found = {"weights": weights}
-    for name, program in programs.items():
-        analysis: Any = program.compile().memory_analysis()
-        found[name] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-    found["in all, at the most"] = weights + max(list(found.values())[1:])
-    return "\n".join(f"{name:<32} {size / 1e9:8.2f} GB" for name, size in found.items())
