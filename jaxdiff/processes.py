@@ -20,7 +20,6 @@ from jaxdiff.errors import InputError
 
 T = TypeVar("T")
 
-MEET = "are all of them started, and is the port of process 0 free and open?"
 EXIT_LOST = 3
 """Exit code of a process that leaves because of another one."""
 SILENT_SECONDS = 6.0
@@ -37,9 +36,12 @@ FOUND = "jaxdiff-found"
 """Where it keeps what it alone looked up for all."""
 COMMAND = "jaxdiff-command"
 """Where it keeps its command line, which must be that of all."""
-LOST = "killed, frozen or cut off; run the same command again to go on"
 BEATS = "jaxdiff-beats"
 """The folder that every process writes and process 0 reads."""
+LOST = "killed, frozen or cut off; run the same command again to go on"
+"""What is said of a silent process."""
+MEET = "are all of them started, and is the port of process 0 free and open?"
+"""What is asked where they do not meet."""
 
 
 class _Group:
@@ -284,7 +286,7 @@ def await_cause(error: BaseException) -> None:
     # By its name, because importing jax would slow a command down that needs none.
     of_runtime = any(type(link).__name__ == "JaxRuntimeError" for link in chain)
     if _group is not None and of_runtime and "RESOURCE_EXHAUSTED" not in str(error):
-        time.sleep(2 * SILENT_SECONDS + 2 * BEAT_SECONDS)
+        time.sleep(SILENT_SECONDS + 3 * BEAT_SECONDS)
 
 
 def leave_lost(cause: str) -> NoReturn:

@@ -168,6 +168,7 @@ def test_a_run_of_digits(finished_run, tmp_path):
     assert (tmp_path / "out" / "00.png").read_bytes() != (tmp_path / "other" / "00.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_steps_mode_takes_the_steps_of_sample(course):
     # One program for all samplers, against the scan of each of them.
     model = pretrained_model(course[1], "float32")

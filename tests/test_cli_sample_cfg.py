@@ -8,8 +8,9 @@ import pytest
 from commands import TINY_SAMPLING, finish, run_here, start_several
 
 from jaxdiff import sample_cfg
-from jaxdiff.io.checkpoint import METRIC, write_digests
+from jaxdiff.io.checkpoint import DIGESTS, METRIC, write_digests
 from jaxdiff.io.digits import DOMAINS
+from jaxdiff.io.weight_files import file_sha256
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 
@@ -44,7 +45,8 @@ def test_the_settings_of_the_run_give_its_pictures_again(finished_run, tmp_path)
     assert delivered(tmp_path) == delivered(run)
     assert len(delivered(run)) == 40
     again, once = results(tmp_path), results(run)
-    assert again["hashes"] == once["hashes"]
+    files = [run / "checkpoints" / "8" / DIGESTS, run / "judge" / "5" / DIGESTS]
+    assert again["hashes"] == once["hashes"] | {str(path): file_sha256(path) for path in files}
     judged = {name: value for name, value in once.items() if name.startswith("judge.")}
     assert {name: again[name] for name in judged} == judged
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

@@ -7,17 +7,20 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from commands import finish, run_here, start_several
 from PIL import Image
+from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 
 from jaxdiff import text2image, textual_inversion
-from jaxdiff.io.adapters import read_adapter
+from jaxdiff.io.adapters import read_adapter, write_adapter
 from jaxdiff.io.images import read_png_texts
 from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.learned_embeddings import read_learned
-from jaxdiff.recipes import inversion_parts, loop, text_to_image_model, tiny_world, training
+from jaxdiff.io.weights import write_safetensors
+from jaxdiff.recipes import inversion_parts, loop, training
 from jaxdiff.recipes.custom_diffusion import text_matrices
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny
@@ -86,6 +89,12 @@ def test_words_are_learned_kept_and_used(folders, tmp_path):
         assert apart[0] == word
         np.testing.assert_array_equal(apart[1], row)
 
+    # What is kept is the average over the steps, not the last of them.
+    state = ocp.StandardCheckpointer().restore(tmp_path / "a" / "checkpoints" / "6" / "state")
+    for word, row in learned.items():
+        np.testing.assert_array_equal(row, state["ema_params"][word])
+        assert np.abs(row - state["params"][word]).max() > 1e-5
+
     words = tmp_path / "a" / "learned_embeds.safetensors"
     for name, flags in (("with", [f"--embeddings={words}"]), ("without", [])):
         args = ["--prompt=a photo of <new1>", "--num-steps=2", "--height=16", "--width=16", *flags]
@@ -94,6 +103,20 @@ def test_words_are_learned_kept_and_used(folders, tmp_path):
     assert np.abs(pictures[0] - pictures[1]).max() > 0
 
 
+@pytest.mark.slow
+def test_rows_stay_float32_where_the_networks_compute_in_half_of_it(folders, tmp_path):
+    answer = learn(*concepts(folders), *SMALL, "--dtype=bfloat16", f"--out={tmp_path}")
+    assert answer.code == 0, answer.err
+    with safe_open(tmp_path / "learned_embeds.safetensors", "np") as file:
+        rows = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["moved.<new1>"] > 1e-3
+    for row in rows:
+        assert row.dtype == np.float32
+        assert np.abs(row - row.astype(jnp.bfloat16).astype(np.float32)).max() > 0
+
+
+@pytest.mark.slow
 def test_directions_are_learned_alone_from_crops_too(folders, tmp_path):
     flags = ("--fixed-norm", "--direction-prior=0.01", "--crops=2", "--accumulation-steps=2", "--learning-rate=0.1")
     answer = learn(*concepts(folders), *SMALL, *flags, f"--out={tmp_path}")
@@ -144,28 +167,52 @@ def test_keys_and_values_are_learned_beside_class_pictures_and_masks(folders, tm
         pictures[name] = np.asarray(Image.open(tmp_path / name / "000_000.png")).astype(int)
     assert np.abs(pictures["adapter"] - pictures["words"]).max() > 0
 
+    def refused(path, sentence):
+        answer = run_here(text2image.main, "--prompt=<new1>", f"--adapters={path}", f"--out={tmp_path / 'refused'}")
+        assert answer.code == 2
+        assert sentence in answer.sentence
+        assert not (tmp_path / "refused").exists()
 
-def test_eight_devices_and_two_processes_learn_the_same(folders, tmp_path):
+    write_adapter(tmp_path / "other.safetensors", adapter._replace(base="0" * 64))
+    refused(tmp_path / "other.safetensors", f"learned with the model of hash {'0' * 64}, but this model's is")
+    version = {"format": "jaxdiff.adapter", "version": "99", "base": adapter.base}
+    write_safetensors(tmp_path / "later.safetensors", {"word.<new1>": adapter.words["<new1>"]}, version)
+    refused(tmp_path / "later.safetensors", "version 99 of the format, but only")
+
+
+def learn_on(devices: int, folders, out):
+    """Learn on so many devices; return the rows, and the flags but for the devices."""
     flags = [*concepts(folders), *SMALL, "--batch-size=8", "--learning-rate=0.01"]
     flags.remove("--devices=1")
-    for devices in (1, 8):
-        answer = learn(*flags, f"--devices={devices}", f"--out={tmp_path / str(devices)}")
-        assert answer.code == 0, answer.err
-    # Two processes begin, and one goes on.
+    answer = learn(*flags, f"--devices={devices}", f"--out={out}")
+    assert answer.code == 0, answer.err
+    return read_learned(out / "learned_embeds.safetensors"), flags
+
+
+def assert_same_rows(found, expected):
+    assert found.keys() == expected.keys()
+    for word, row in expected.items():
+        np.testing.assert_allclose(found[word], row, rtol=0, atol=1e-5)
+
+
+def test_eight_devices_learn_the_same(folders, tmp_path):
+    one, eight = (learn_on(devices, folders, tmp_path / str(devices))[0] for devices in (1, 8))
+    assert_same_rows(eight, one)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_and_one_goes_on(folders, tmp_path):
+    alone, flags = learn_on(1, folders, tmp_path / "1")
     words, out = ["-m", "jaxdiff.textual_inversion"], tmp_path / "two"
     answers = [finish(one) for one in start_several(words, 2, *flags, f"--out={out}")]
     assert [answer.code for answer in answers] == [0, 0], answers
     assert [len(answer.out.split("Written")) for answer in answers] == [2, 1]
-    learned = {name: read_learned(tmp_path / name / "learned_embeds.safetensors") for name in ("1", "8", "two")}
-    for name in ("8", "two"):
-        for word, row in learned["1"].items():
-            np.testing.assert_allclose(learned[name][word], row, rtol=0, atol=1e-5)
+    assert_same_rows(read_learned(out / "learned_embeds.safetensors"), alone)
     shutil.rmtree(out / "checkpoints" / "6")
     answer = learn(*flags, "--devices=1", f"--out={out}")
     assert answer.code == 0, answer.err
     assert "going on from step 4 of 6" in answer.out
-    for word, row in read_learned(out / "learned_embeds.safetensors").items():
-        np.testing.assert_allclose(row, learned["1"][word], rtol=0, atol=1e-5)
+    assert_same_rows(read_learned(out / "learned_embeds.safetensors"), alone)
 
 
 def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
@@ -283,24 +330,6 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
     other = learn(*same, f"--out={tmp_path / 'parts'}")
     assert other.code == 2
     assert others in other.sentence
-
-
-def test_without_flags_a_digit_is_learned_that_the_tiny_world_cannot_name(tmp_path, monkeypatch):
-    def barely_trained(cache, mesh):
-        return tiny_world.tiny_world_folder(tmp_path / "cache", mesh, 2, 2, 2)
-
-    for module in (inversion_parts, text_to_image_model):
-        monkeypatch.setattr(module, "tiny_world_folder", barely_trained)
-    quick = ("--train-steps=2", "--batch-size=8", "--sample-images=1", "--sample-steps=2")
-    answer = learn(*quick, f"--out={tmp_path / 'out'}")
-    assert answer.code == 0, answer.err
-    assert "<new1>: 5 pictures, learned as an object from 'digit'" in answer.out
-    assert set(read_learned(tmp_path / "out" / "learned_embeds.safetensors")) == {"<new1>"}
-    # The record says what was done, which no flag said; and the run goes on.
-    config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
-    assert config["flip"] is False
-    assert config["templates"].endswith("texts.txt")
-    assert "going on from step 2 of 2" in learn(*quick, f"--out={tmp_path / 'out'}").out
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, truncate])
+@pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(truncate, marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_result(finished_run, copied_run, damage):
     # The largest file is the one with the arrays.
     damage(max((copied_run / "checkpoints" / "8").rglob("*"), key=lambda path: path.stat().st_size))

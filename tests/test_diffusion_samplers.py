@@ -15,6 +15,8 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM, image_keys, posterior_std, sa
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.diffusion.timesteps import timestep_spacing, with_final
 
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
 SHAPE = (4, 4, 3)
 MEAN, STD = 0.3, 0.5
 

@@ -17,6 +17,8 @@ from jaxdiff.models.attention import attend, why_not_cudnn
 from jaxdiff.models.autoencoder import LatentNormal
 from jaxdiff.models.spatial_transformer import TEXT, project_context
 
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
 CLOSE = {"rtol": 0, "atol": 1e-5}
 """Both sides add up the same products in another order."""
 

@@ -12,6 +12,8 @@ from diffusers import UNet2DModel
 
 from jaxdiff.models.unet import PRESETS, UNet, UNetConfig
 
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
 SMALL = UNetConfig(
     block_out_channels=(16, 32),
     layers_per_block=2,
@@ -67,7 +69,7 @@ def test_same_tensors_same_output_as_diffusers(change):
     params = from_torch(twin)
     shapes = jax.eval_shape(UNet(config).init, jax.random.key(0), X, T)["params"]
     chex.assert_trees_all_equal_shapes(params, shapes)
-    ours = UNet(config).apply({"params": params}, X, T)
+    ours = jax.jit(UNet(config).apply)({"params": params}, X, T)
     with torch.no_grad():
         theirs = twin(torch.from_numpy(np.array(X).transpose(0, 3, 1, 2)), torch.from_numpy(np.array(T))).sample
     # Outputs are of order 1 and pass through about 30 layers.
@@ -95,40 +97,44 @@ def test_help_states_the_parameter_counts():
 def test_a_fresh_network_predicts_zero():
     net = UNet(dataclasses.replace(SMALL, num_classes=3, num_domains=2))
     labels = jnp.array([0, 3]), jnp.array([1, 2])
-    params = net.init(jax.random.key(0), X, T, *labels)
-    np.testing.assert_array_equal(net.apply(params, X, T, *labels), np.zeros_like(X))
+    params = jax.jit(net.init)(jax.random.key(0), X, T, *labels)
+    np.testing.assert_array_equal(jax.jit(net.apply)(params, X, T, *labels), np.zeros_like(X))
 
 
-def nonzero(params, key):
-    """Give every leaf noise, so that the zero-initialised output does not hide the rest."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
+def random_params(net, *inputs):
+    """Return noise for every leaf, so that no zero hides the rest; scales are about 1."""
+    shapes, rng = jax.eval_shape(net.init, jax.random.key(0), *inputs), np.random.default_rng(1)
+
+    def draw(path, leaf):
+        around = 1.0 if path[-1].key == "scale" else 0.0
+        return (around + 0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_every_condition_and_every_image_counts_alone(patch_size):
     net = UNet(dataclasses.replace(SMALL, num_classes=3, num_domains=2, patch_size=patch_size))
     labels = jnp.array([0, 3]), jnp.array([1, 2])
-    params = nonzero(net.init(jax.random.key(0), X, T, *labels), jax.random.key(1))
-    base = net.apply(params, X, T, *labels)
+    params = random_params(net, X, T, *labels)
+    base = jax.jit(net.apply)(params, X, T, *labels)
     assert base.shape == X.shape
     for changed in (
         (X, T, jnp.array([1, 3]), labels[1]),
         (X, T, labels[0], jnp.array([0, 2])),
         (X, jnp.array([4, 800]), *labels),
     ):
-        out = net.apply(params, *changed)
+        out = jax.jit(net.apply)(params, *changed)
         assert float(jnp.abs(out[0] - base[0]).max()) > 1e-4
         np.testing.assert_allclose(out[1], base[1], atol=FLOAT32_ATOL)
 
 
 def test_bfloat16_computes_low_and_keeps_parameters_high():
     net = UNet(SMALL, dtype=jnp.bfloat16)
-    params = nonzero(net.init(jax.random.key(0), X, T), jax.random.key(1))
+    params = random_params(net, X, T)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    out = net.apply(params, X, T)
-    full = UNet(SMALL).apply(params, X, T)
+    out = jax.jit(net.apply)(params, X, T)
+    full = jax.jit(UNet(SMALL).apply)(params, X, T)
     assert out.dtype == jnp.float32
     # bfloat16 keeps 8 bits: a few per cent of the output's size after 30 layers, but not equal to float32.
     error = float(jnp.abs(out - full).mean() / jnp.abs(full).mean())

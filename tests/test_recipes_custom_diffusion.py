@@ -147,7 +147,7 @@ def test_what_a_mask_hides_has_no_part_in_the_loss(world):  # noqa: F811
     x_0 = 0.18215 * (batch.mean + np.exp(0.5 * batch.log_variance) * np.asarray(z))
     x_t = jnp.asarray(np.sqrt(alphas) * x_0 + np.sqrt(1 - alphas) * np.asarray(eps), jnp.float32)
     context = encode_texts(model, params, jnp.asarray(batch.input_ids))
-    error = (np.asarray(model.unet.apply({"params": params["unet"]}, x_t, t, context)) - np.asarray(eps)) ** 2
+    error = (np.asarray(jax.jit(model.unet.apply)({"params": params["unet"]}, x_t, t, context)) - np.asarray(eps)) ** 2
     expected = error[:, 2:9, 4:12].mean()
     found = jax.jit(make_latent_loss(model))(params, put_batch(batch._replace(mask=mask), make_mesh(1)), keys)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -223,7 +223,9 @@ def test_matrices_open_in_diffusers(base, tmp_path):
         theirs.unet.load_attn_procs(str(tmp_path), weight_name=DIFFUSERS_FILE, _pipeline=theirs)
         expected = theirs.unet(*inputs).sample.numpy()
     changed = with_deltas(params, adapters[0].deltas)["unet"]
-    found = pipeline.model.unet.apply({"params": changed}, jnp.asarray(x_t), jnp.full(2, 500), jnp.asarray(context))
+    found = jax.jit(pipeline.model.unet.apply)(
+        {"params": changed}, jnp.asarray(x_t), jnp.full(2, 500), jnp.asarray(context)
+    )
     np.testing.assert_allclose(found, expected.transpose(0, 2, 3, 1), rtol=0, atol=1e-5)
     assert np.abs(expected - before).max() > 1e-3
 

@@ -79,7 +79,9 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "linspace" in name else ()) for name in SCHEDULERS]
+)
 def test_latents_are_those_of_diffusers(folder, loaded, tmp_path, name):
     theirs = StableDiffusionPipeline.from_pretrained(folder, scheduler=SCHEDULERS[name])
     theirs.set_progress_bar_config(disable=True)

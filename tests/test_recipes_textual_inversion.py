@@ -7,6 +7,7 @@ import optax
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.training_utils import compute_snr
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from stable_diffusion_twins import SCHEDULER, make_pipeline
@@ -100,7 +101,8 @@ class Twin:
         for module in (theirs.vae, self.unet, self.encoder):
             module.requires_grad_(False)
         start = torch.from_numpy(np.concatenate(list(rows.values())))
-        old = self.encoder.get_input_embeddings().weight.detach().clone()
+        # Without the rows that another twin of the same pipeline has added.
+        old = self.encoder.get_input_embeddings().weight.detach()[: len(theirs.tokenizer)].clone()
         self.encoder.resize_token_embeddings(len(old) + len(start), mean_resizing=False)
         self.table = self.encoder.get_input_embeddings().weight
         with torch.no_grad():
@@ -109,8 +111,8 @@ class Twin:
         self.old = old
         self.scheduler = DDPMScheduler(**{n: SCHEDULER[n] for n in ("beta_start", "beta_end", "beta_schedule")})
 
-    def loss(self, batch, z, t, eps) -> torch.Tensor:
-        """Return the loss with given random numbers, channels last."""
+    def loss(self, batch, z, t, eps, gamma: float | None = None) -> torch.Tensor:
+        """Return the loss with given random numbers, channels last; `gamma` clamps min-SNR weights."""
         mean, log_variance, z, eps = (
             torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy())
             for x in (batch.mean, batch.log_variance, z, eps)
@@ -119,7 +121,12 @@ class Twin:
         t = torch.from_numpy(np.asarray(t)).long()
         x_t = self.scheduler.add_noise(x_0, eps, t)
         context = self.encoder(torch.from_numpy(batch.input_ids).long())[0]
-        return torch.nn.functional.mse_loss(self.unet(x_t, t, context).sample, eps)
+        errors = torch.nn.functional.mse_loss(self.unet(x_t, t, context).sample, eps, reduction="none").mean((1, 2, 3))
+        if gamma is None:
+            return errors.mean()
+        # arXiv 2303.09556, section 3.4: of a network that predicts noise.
+        snr = compute_snr(self.scheduler, t)
+        return (errors * snr.clamp(max=gamma) / snr).mean()
 
 
 def draws(key, step: int, shape, first: int = 0, end: int = 1000):
@@ -167,6 +174,20 @@ def test_ten_steps_are_those_of_torch_and_nothing_else_moves(world):
     np.testing.assert_allclose(learned, twin.table[len(twin.old) :].detach().numpy(), rtol=0, atol=1e-4)
     assert (np.abs(learned - np.concatenate(list(rows.values()))).max(axis=1) > 0.01).all()
     jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_min_snr_weights_are_those_of_diffusers(world):
+    theirs, model, params, rows, batch_at, *_ = world
+    twin, key, batch = Twin(theirs, rows), jax.random.key(5), batch_at(0)
+    start = {word: jnp.asarray(row) for word, row in rows.items()}
+    keys = image_keys_at(key, jnp.int32(0), BATCH)
+    losses = {}
+    for weighting, gamma in (("constant", None), ("min_snr", 5.0)):
+        loss_fn = jax.jit(make_inversion_loss(model, list(rows), weighting))
+        losses[weighting] = float(loss_fn(start, put_batch(batch, make_mesh(1)), keys, params))
+        expected = twin.loss(batch, *draws(key, 0, batch.mean.shape[1:]), gamma=gamma).item()
+        np.testing.assert_allclose(losses[weighting], expected, rtol=1e-5)
+    assert losses["min_snr"] < 0.9 * losses["constant"]
 
 
 def test_eight_devices_take_the_step_of_one(world):

@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import run_here
 
-from jaxdiff import FlaxStableDiffusionPipeline
+from jaxdiff import FlaxStableDiffusionPipeline, textual_inversion
 from jaxdiff.io.digit_captions import ANYWHERE, CLASS_NAMES, CONTEXT
 from jaxdiff.io.digits import embedded_digits
+from jaxdiff.io.learned_embeddings import read_learned
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.io.world_captions import (
     DESCRIBED,
@@ -27,7 +29,7 @@ from jaxdiff.io.world_captions import (
 )
 from jaxdiff.mesh import make_mesh
 from jaxdiff.models.autoencoder import LatentNormal
-from jaxdiff.recipes import tiny_world
+from jaxdiff.recipes import inversion_parts, text_to_image_model, tiny_world
 from jaxdiff.recipes.tiny_world import Reader, captioned_latents, tiny_world_folder
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -83,17 +85,48 @@ def test_batches_are_pure_functions_of_seed_and_step():
     assert (first(5).mean != first(6).mean).any()
 
 
-def test_it_is_made_once_and_read_like_any_model(tmp_path, monkeypatch):
-    some = tuple(array[:256] for array in embedded_digits(held_out=False))
-    monkeypatch.setattr(tiny_world, "embedded_digits", lambda held_out: some)
-    folder = tiny_world_folder(tmp_path, make_mesh(1), 2, 2, 2)
+@pytest.fixture(scope="module")
+def barely_trained(tmp_path_factory):
+    """Return how to ask for a world that is trained for two steps, once."""
+    cache = tmp_path_factory.mktemp("cache")
+    some = tuple(array[::16] for array in embedded_digits(held_out=False))
+
+    def ask(_cache, mesh):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiny_world, "embedded_digits", lambda held_out: some)
+            return tiny_world_folder(cache, mesh, 2, 2, 2)
+
+    return ask
+
+
+def test_it_is_made_once_and_read_like_any_model(barely_trained):
+    folder = barely_trained(None, make_mesh(1))
     made = (folder / "model_index.json").stat().st_mtime_ns
-    assert tiny_world_folder(tmp_path, make_mesh(1), 2, 2, 2) == folder
+    assert barely_trained(None, make_mesh(1)) == folder
     assert (folder / "model_index.json").stat().st_mtime_ns == made
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(folder)
     images = pipeline(pipeline.prepare_inputs("a photo of the digit two."), params, jax.random.key(0), 2).images
     assert images.shape == (1, 16, 16, 3)
     assert np.isfinite(images).all()
+
+
+def test_without_a_concept_a_digit_is_learned_that_it_cannot_name(barely_trained, tmp_path, monkeypatch):
+    for module in (inversion_parts, text_to_image_model):
+        monkeypatch.setattr(module, "tiny_world_folder", barely_trained)
+    quick = ("--train-steps=2", "--batch-size=8", "--sample-images=1", "--sample-steps=2", "--devices=1")
+
+    def learn():
+        answer = run_here(textual_inversion.main, *quick, f"--out={tmp_path / 'out'}")
+        assert answer.code == 0, answer.err
+        return answer.out
+
+    assert "<new1>: 5 pictures, learned as an object from 'digit'" in learn()
+    assert set(read_learned(tmp_path / "out" / "learned_embeds.safetensors")) == {"<new1>"}
+    # The record says what was done, which no flag said; and the run goes on.
+    config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
+    assert config["flip"] is False
+    assert config["templates"].endswith("texts.txt")
+    assert "going on from step 2 of 2" in learn()
 
 
 @pytest.mark.slow
@@ -103,8 +136,7 @@ def test_it_draws_what_it_has_names_for_and_learns_what_it_has_none_for(tmp_path
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["known"] >= 0.8
     assert results["initialiser"] < 0.15
-    # The goal is 0.6, which is not reached; this only says that a word is learned at all.
-    assert results["learned"] > 2 * results["initialiser"]
+    assert results["learned"] >= 0.6
     assert results["style.initialiser"] < 0.1
     assert results["style.learned"] > 0.9
-    assert results["both"] > 0.15
+    assert results["both"] >= 0.5

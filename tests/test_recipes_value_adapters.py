@@ -183,10 +183,12 @@ def test_the_unet_sees_them_the_same_with_and_without_keys_and_values_kept(base)
     unet = drawing.params["unet"]
     x_t = jnp.asarray(np.random.default_rng(0).standard_normal((1, 16, 16, 4)), jnp.float32)
     t = jnp.full(1, 500)
-    whole = drawing.model.unet.apply({"params": unet}, x_t, t, context)
-    kept = drawing.model.unet.apply({"params": unet, "text": project_context(unet, context, jnp.float32)}, x_t, t)
+    whole = jax.jit(drawing.model.unet.apply)({"params": unet}, x_t, t, context)
+    kept = jax.jit(drawing.model.unet.apply)(
+        {"params": unet, "text": project_context(unet, context, jnp.float32)}, x_t, t
+    )
     np.testing.assert_allclose(whole, kept, rtol=0, atol=1e-5)
-    without = drawing.model.unet.apply({"params": with_values(params, {}, ["<two>"])["unet"]}, x_t, t, context)
+    without = jax.jit(drawing.model.unet.apply)({"params": with_values(params, {}, ["<two>"])["unet"]}, x_t, t, context)
     assert np.abs(np.asarray(whole) - np.asarray(without)).max() > 1e-3
 
 

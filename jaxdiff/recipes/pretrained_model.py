@@ -70,10 +70,10 @@ class FlaxPreTrainedModel:
         check_specs("params", found, wanted)
         self._params = params
 
-    @functools.cached_property
+    @property
     def params_shape_tree(self) -> Any:
         """Shapes and dtypes of the parameters."""
-        return jax.eval_shape(functools.partial(self.module.init, **self.example()), jax.random.key(0))["params"]
+        return _trace_shapes(type(self), self.config, jnp.dtype(self.dtype))
 
     def init_weights(self, key: jax.Array) -> Any:
         """Return random parameters."""
@@ -182,3 +182,10 @@ class FlaxPreTrainedModel:
 def cast(params: Any, dtype: DTypeLike) -> Any:
     """Return the floating-point leaves as another type."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
+
+
+@functools.cache
+def _trace_shapes(kind: type[FlaxPreTrainedModel], config: Any, dtype: jnp.dtype) -> Any:
+    """Return the shapes and dtypes of a model's parameters, traced once, because that takes seconds."""
+    model = kind(config, dtype=dtype, _do_init=False)
+    return jax.eval_shape(functools.partial(model.module.init, **model.example()), jax.random.key(0))["params"]
