@@ -59,6 +59,9 @@ def run_command(
         processes.finish()
         return INTERRUPTED
     except KeyboardInterrupt:
+        # CPython would end by SIGINT at last where it interrupted a string that is executed, as dataclasses do: with a
+        # new string it forgets that.
+        exec("")
         return give_up(command, INTERRUPTED, INTERRUPTED_SENTENCE)
     except Exception as error:
         processes.await_cause(error)

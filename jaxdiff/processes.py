@@ -24,8 +24,8 @@ EXIT_LOST = 3
 """Exit code of a process that leaves because of another one."""
 SILENT_SECONDS = 6.0
 """A process that was not heard of for this long is lost."""
-HEARTBEAT_SECONDS = 14
-"""The same for JAX's runtime, which only speaks where the watch could not."""
+HEARTBEAT_SECONDS = 30
+"""The same for JAX's runtime, which may speak after half of it, and shall only where the watch could not."""
 BEAT_SECONDS = 1.0
 MEETING_SECONDS = 300.0
 """How long a process waits at the start for the others to come."""
@@ -279,13 +279,12 @@ def fail(code: int, sentence: str, details: str = "") -> None:
 
 
 def await_cause(error: BaseException) -> None:
-    """Give the watch the time to name a lost process, where an error may only be what its loss left behind."""
-    chain = [error]
-    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None and deeper not in chain:
-        chain.append(deeper)
-    # By its name, because importing jax would slow a command down that needs none.
-    of_runtime = any(type(link).__name__ == "JaxRuntimeError" for link in chain)
-    if _group is not None and of_runtime and "RESOURCE_EXHAUSTED" not in str(error):
+    """Give the watch the time to name a lost process, where an error may only be what its loss left behind.
+
+    JAX, Orbax and their libraries tell of a loss by errors of any type; what is refused at first hand is none.
+    """
+    refused = isinstance(error, InputError | OSError) and error.__cause__ is None
+    if _group is not None and not refused:
         time.sleep(SILENT_SECONDS + 3 * BEAT_SECONDS)
 
 

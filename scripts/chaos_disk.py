@@ -44,7 +44,7 @@ def full(effort: Effort) -> Iterator[Row]:
     # From no room for one checkpoint to no room for the three that are there for a moment: in a file, from a part of
     # the matrices to most of them.
     low, high = (0.3, 2.4) if mounted else (0.05, 0.8)
-    sizes = [int(CHECKPOINT_BYTES * rng.uniform(low, high) / 1024) for _ in range(effort.times(24))]
+    sizes = [int(CHECKPOINT_BYTES * rng.uniform(low, high) / 1024) for _ in range(effort.times(16))]
     row.add(spread(fill, [Disk(size, mounted, expected, effort.scratch) for size in sizes]))
     row.notes.append("small tmpfs" if mounted else "no right to mount: RLIMIT_FSIZE instead of a small tmpfs")
     yield row

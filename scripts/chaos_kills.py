@@ -46,8 +46,8 @@ def killed(effort: Effort) -> Iterator[Row]:
             raise RuntimeError(ended.said)
         expected = results_of(folder / "run")
     rng = random.Random(effort.seed)
-    random_moments: list[str | None] = [None] * effort.times(230)
-    in_phases = [phase for phase in chaos_run.PHASES for _ in range(effort.times(13))]
+    random_moments: list[str | None] = [None] * effort.times(190)
+    in_phases = [phase for phase in chaos_run.PHASES for _ in range(effort.times(12))]
     kills = random_moments + in_phases
     rng.shuffle(kills)
     jobs = [

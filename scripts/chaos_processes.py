@@ -59,7 +59,7 @@ def lost(effort: Effort) -> Iterator[Row]:
     def blows(number: int, process: int, cause: str) -> list[Blow]:
         return [
             Blow(effort.seed + moment, number, process, cause, expected, effort.scratch)
-            for moment in range(effort.times(6))
+            for moment in range(effort.times(4))
         ]
 
     for name, number, process, cause in LOSSES:

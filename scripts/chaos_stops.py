@@ -47,7 +47,7 @@ def stopped(effort: Effort) -> Iterator[Row]:
         if (ended := Child.start(chaos_run.command(f"--out={folder / 'run'}"), folder / "said").wait()).code:
             raise RuntimeError(ended.said)
         expected = results_of(folder / "run")
-    stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(24))]
+    stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(16))]
     yield note_seconds(small, spread(stop_and_go_on, stops))
     twice = Row("a second SIGTERM, in the middle of the first one's save", "out at once; the last save is intact")
     twice.add(spread(stop_twice, [Stop(seed, expected, effort.scratch) for seed in range(effort.times(12))]))
@@ -60,9 +60,18 @@ def stopped(effort: Effort) -> Iterator[Row]:
             "SIGTERM and SIGKILL to train_cfg itself, as it loads, compiles, trains, judges",
             "out in 10 s; goes on to the same end",
         )
-        signals = (signal.SIGTERM, signal.SIGKILL)
-        jobs = [(effort.scratch, effort.seed + number, effort.times(5), number) for number in signals]
-        yield note_seconds(commands, spread(stop_train_cfg, jobs))
+        with scratch_folder(effort.scratch) as folder:
+            compiled = folder / "compiled"
+            for name in ("compiling", "whole"):
+                since = time.monotonic()
+                train_cfg(folder / name, compiled).communicate()
+                length = time.monotonic() - since
+            undisturbed = Undisturbed(compiled, length, hashes(folder / "whole"))
+            jobs = [
+                (folder, undisturbed, effort.seed + number, effort.times(4), number)
+                for number in (signal.SIGTERM, signal.SIGKILL)
+            ]
+            yield note_seconds(commands, spread(stop_train_cfg, jobs))
 
 
 def note_seconds(row: Row, outcomes: Iterable[Outcome]) -> Row:
@@ -180,17 +189,28 @@ def hashes(run: Path) -> dict[str, str]:
     return json.loads((run / "results.json").read_text())["hashes"]
 
 
-def stop_train_cfg(job: tuple[Path, int, int, int]) -> list[Outcome]:
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run of train_cfg that nobody stops.
+
+    Attributes:
+      compiled: its programs.
+      seconds: that it takes.
+      hashes: of its end.
+    """
+
+    compiled: Path
+    seconds: float
+    hashes: dict[str, str]
+
+
+def stop_train_cfg(job: tuple[Path, Undisturbed, int, int, int]) -> list[Outcome]:
     """Send train_cfg a signal at moments over its whole length, each time letting the next one go on."""
-    scratch, seed, times, number = job
+    scratch, undisturbed, seed, times, number = job
+    compiled, length, expected = undisturbed.compiled, undisturbed.seconds, undisturbed.hashes
     rng, outcomes = random.Random(seed), []
     with scratch_folder(scratch) as folder:
-        compiled = folder / "compiled"
-        for name in ("compiling", "whole"):
-            since = time.monotonic()
-            said, _ = train_cfg(folder / name, compiled).communicate()
-            length = time.monotonic() - since
-        expected, run = hashes(folder / "whole"), folder / "run0"
+        run = folder / "run0"
         for moment in rng.sample(range(100), times):
             process = train_cfg(run, compiled)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -222,7 +242,7 @@ def not_finite(effort: Effort) -> Iterator[Row]:
         "NaN in a batch, so in loss and gradient",
         "stops, naming the step; nothing bad saved; goes on from the last good one",
     )
-    row.add(spread(poison, [(effort.scratch, step) for step in range(1, 1 + max(2, effort.times(24)))]))
+    row.add(spread(poison, [(effort.scratch, step) for step in range(1, 1 + max(2, effort.times(12)))]))
     yield row
 
 
@@ -245,7 +265,7 @@ def poison(job: tuple[Path, int]) -> list[Outcome]:
 def two_runs(effort: Effort) -> Iterator[Row]:
     """Start a second run in a folder where one is running, kill the first, start the second again."""
     row = Row("a second run started in a run's folder", "refused in one sentence; free again when the first is killed")
-    row.add(spread(start_twice, [(effort.scratch, seed) for seed in range(effort.times(20))]))
+    row.add(spread(start_twice, [(effort.scratch, seed) for seed in range(effort.times(12))]))
     yield row
 
 

@@ -87,3 +87,51 @@ def test_work_to_be_saved_is_waited_for_until_the_second_signal(deaf):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
+
+
+def ended(program):
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    return answer.returncode, answer.stdout, answer.stderr
+
+
+def test_a_request_in_the_middle_of_garbage_collection_is_not_lost():
+    program = """
+import gc, signal, time
+from jaxdiff.io.interruption import obey_signals
+
+def collecting(phase, info):
+    if phase == "start":
+        gc.callbacks.remove(collecting)
+        signal.raise_signal(signal.SIGTERM)
+
+with obey_signals("left alone"):
+    try:
+        gc.callbacks.append(collecting)
+        gc.collect()
+        time.sleep(5)
+        print("lost")
+    except KeyboardInterrupt:
+        print("raised")
+"""
+    assert ended(program) == (0, "raised\n", "")
+
+
+def test_a_request_in_the_middle_of_a_class_being_made_has_the_exit_code_of_any_other(tmp_path):
+    # dataclasses execute strings, after which CPython would end the process by SIGINT.
+    program = """
+import dataclasses, signal, sys
+from jaxdiff.command import run_command
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    "None."
+
+def run(config):
+    exec("signal.raise_signal(signal.SIGTERM)")
+
+sys.exit(run_command("job", Config, run, []))
+"""
+    (tmp_path / "job.py").write_text(program)
+    answer = subprocess.run([sys.executable, "-m", "job"], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert answer.returncode == 130
+    assert answer.stderr == "\njaxdiff job: interrupted; run the same command again to go on\n"

@@ -4,14 +4,17 @@ Python runs its handlers between two of its own instructions, and a compiled pro
 thread is told of every signal too: it ends a process that is too busy to notice, unless there is work to be saved.
 """
 
+import _thread
 import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from jaxdiff import processes
 
@@ -24,6 +27,8 @@ INTERRUPTED = 130
 
 _watched = threading.Event()
 """Set while a thread is told of every signal."""
+_swallowed = threading.Event()
+"""Set by a KeyboardInterrupt that Python has swallowed, as it does while it collects garbage."""
 _at_stake = threading.Event()
 """Set while there is work that a stop must save first."""
 
@@ -72,12 +77,22 @@ def obey_signals(sentence: str) -> Iterator[None]:
     os.set_blocking(writing, False)
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    report = sys.unraisablehook
+
+    def raise_again(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _swallowed.set()
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = raise_again
     thread = threading.Thread(target=_watch, args=(reading, sentence), daemon=True)
     thread.start()
     _watched.set()
     try:
         yield
     finally:
+        sys.unraisablehook = report
         _watched.clear()
         signal.set_wakeup_fd(before)
         signal.signal(signal.SIGTERM, handler)
@@ -89,12 +104,20 @@ def obey_signals(sentence: str) -> Iterator[None]:
 def _watch(reading: int, sentence: str) -> None:
     """Read the numbers of signals from a pipe until it is closed; end the process where they are not obeyed."""
     first: float | None = None
+    own = 0  # signals that come from here
     while True:
+        if _swallowed.is_set():
+            _swallowed.clear()
+            own += 1
+            _thread.interrupt_main()
         if select.select([reading], [], [], None if first is None else 0.1)[0]:
             numbers = os.read(reading, 64)
             if not numbers:
                 return
             stops = [number for number in numbers if number in (signal.SIGINT, signal.SIGTERM)]
+            while own and signal.SIGINT in stops:
+                stops.remove(signal.SIGINT)
+                own -= 1
             if stops and first is None:
                 first = time.monotonic()
             elif stops and first is not None and time.monotonic() - first > SAME:

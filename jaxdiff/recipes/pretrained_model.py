@@ -73,7 +73,7 @@ class FlaxPreTrainedModel:
     @property
     def params_shape_tree(self) -> Any:
         """Shapes and dtypes of the parameters."""
-        return _trace_shapes(type(self), self.config, jnp.dtype(self.dtype))
+        return _trace_shapes(type(self), self.config, jnp.dtype(self.dtype).name)  # type: ignore[arg-type]
 
     def init_weights(self, key: jax.Array) -> Any:
         """Return random parameters."""
@@ -185,7 +185,7 @@ def cast(params: Any, dtype: DTypeLike) -> Any:
 
 
 @functools.cache
-def _trace_shapes(kind: type[FlaxPreTrainedModel], config: Any, dtype: jnp.dtype) -> Any:
+def _trace_shapes(kind: type[FlaxPreTrainedModel], config: Any, dtype: str) -> Any:
     """Return the shapes and dtypes of a model's parameters, traced once, because that takes seconds."""
     model = kind(config, dtype=dtype, _do_init=False)
     return jax.eval_shape(functools.partial(model.module.init, **model.example()), jax.random.key(0))["params"]
