@@ -270,7 +270,7 @@ def poison(job: tuple[Path, int]) -> list[Outcome]:
 def two_runs(effort: Effort) -> Iterator[Row]:
     """Start a second run in a folder where one is running, kill the first, start the second again."""
     row = Row("a second run started in a run's folder", "refused in one sentence; free again when the first is killed")
-    row.add(spread(start_twice, [(effort.scratch, seed) for seed in range(effort.times(8))]))
+    row.add(spread(start_twice, [(effort.scratch, seed) for seed in range(effort.times(12))]))
     yield row
 
 
