@@ -17,7 +17,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from jaxdiff import processes
-from jaxdiff.errors import InputError, InterruptedRun
+from jaxdiff.errors import InputError, InterruptedRun, wants_memory
 from jaxdiff.io.cache import keep_compiled
 from jaxdiff.io.interruption import INTERRUPTED, obey_signals
 from jaxdiff.io.weight_files import forget_weights
@@ -128,13 +128,6 @@ def explain(error: Exception) -> str | None:
     if wants_memory(error):
         return f"out of memory, use a smaller batch size ({next(iter(str(error).splitlines()), type(error).__name__)})"
     return None
-
-
-def wants_memory(error: Exception) -> bool:
-    """Tell whether an error says that a device or the machine is out of memory."""
-    # Told by its name, because importing jax here would slow --help down.
-    on_device = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
-    return on_device or isinstance(error, MemoryError)
 
 
 def keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""The two exceptions that a command prints as a sentence instead of a traceback."""
+"""What a command prints as a sentence instead of a traceback: two exceptions, and any that says that memory is short."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,10 @@ class InputError(ValueError):
 
 class InterruptedRun(Exception):  # noqa: N818 (an outcome, not a fault)
     """The user or the scheduler stopped the run; the message says what was saved and how to go on."""
+
+
+def wants_memory(error: Exception) -> bool:
+    """Tell whether an error says that a device or the machine is out of memory."""
+    # Told by its name, because importing jax here would slow --help down.
+    on_device = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
+    return on_device or isinstance(error, MemoryError)

@@ -167,7 +167,8 @@ def _require_free(port: int, flag: str) -> None:
             ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
         ).close()
     except OSError as error:
-        raise InputError(f"{flag}: port {port} cannot be used ({error.strerror}); give each run its own") from error
+        reason = os.strerror(error.errno or 0)
+        raise InputError(f"{flag}: port {port} cannot be used ({reason}); give each run its own") from error
 
 
 def _leave_alone(flag: str) -> None:

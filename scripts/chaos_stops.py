@@ -52,31 +52,32 @@ def stopped(effort: Effort) -> Iterator[Row]:
         expected = results_of(folder / "run")
     stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(16))]
     yield note_seconds(small, spread(stop_and_go_on, stops))
+    if effort.share <= 0.05:  # what follows takes long
+        return
     twice = Row("a second SIGTERM, in the middle of the first one's save", "out at once; the last save is intact")
     twice.add(spread(stop_twice, [Stop(seed, expected, effort.scratch) for seed in range(effort.times(8))]))
-    if twice.injections >= 4 and OUT_AT_ONCE not in twice.outcomes:
+    if OUT_AT_ONCE not in twice.outcomes:
         twice.add([Outcome("never in the middle of a save", "every save was over too soon")])
     yield twice
     large = Row("SIGTERM, 36 million parameters", "saved and out in 10 s")
-    if effort.share > 0.05:
-        stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(3))]
-        yield note_seconds(large, spread(stop_large, stops))
-        commands = Row(
-            "SIGTERM and SIGKILL to train_cfg itself, as it loads, compiles, trains, judges",
-            "out in 10 s; goes on to the same end",
-        )
-        with scratch_folder(effort.scratch) as folder:
-            compiled = folder / "compiled"
-            for name in ("compiling", "whole"):
-                since = time.monotonic()
-                train_cfg(folder / name, compiled).communicate()
-                length = time.monotonic() - since
-            undisturbed = Undisturbed(compiled, length, hashes(folder / "whole"))
-            jobs = [
-                (folder, undisturbed, effort.seed + number, effort.times(4), number)
-                for number in (signal.SIGTERM, signal.SIGKILL)
-            ]
-            yield note_seconds(commands, spread(stop_train_cfg, jobs))
+    stops = [Stop(seed, expected, effort.scratch) for seed in range(effort.times(3))]
+    yield note_seconds(large, spread(stop_large, stops))
+    commands = Row(
+        "SIGTERM and SIGKILL to train_cfg itself, as it loads, compiles, trains, judges",
+        "out in 10 s; goes on to the same end",
+    )
+    with scratch_folder(effort.scratch) as folder:
+        compiled = folder / "compiled"
+        for name in ("compiling", "whole"):
+            since = time.monotonic()
+            train_cfg(folder / name, compiled).communicate()
+            length = time.monotonic() - since
+        undisturbed = Undisturbed(compiled, length, hashes(folder / "whole"))
+        jobs = [
+            (folder, undisturbed, effort.seed + number, effort.times(4), number)
+            for number in (signal.SIGTERM, signal.SIGKILL)
+        ]
+        yield note_seconds(commands, spread(stop_train_cfg, jobs))
 
 
 def note_seconds(row: Row, outcomes: Iterable[Outcome]) -> Row:

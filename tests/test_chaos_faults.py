@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARE = {"killed": 0.03, "damaged": 0.05, "disk": 0.06, "stopped": 0.02, "not_finite": 0.05, "two_runs": 0.03}
+SHARE = {"killed": 0.01, "damaged": 0.05, "disk": 0.06, "stopped": 0.02, "not_finite": 0.05, "two_runs": 0.03}
 HOSTILE = {"hostile": 0.05}
-ROWS = {"killed": 1, "damaged": 3, "disk": 1, "stopped": 2, "not_finite": 1, "two_runs": 1, "hostile": 5}
+ROWS = {"killed": 1, "damaged": 3, "disk": 1, "stopped": 1, "not_finite": 1, "two_runs": 1, "hostile": 5}
 """Rows of the table that each gives."""
 
 

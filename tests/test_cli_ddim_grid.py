@@ -184,6 +184,7 @@ def test_the_steps_mode_takes_the_steps_of_sample(course):
         np.testing.assert_allclose(images, expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_reference_of_as_many_steps_as_compared(course, tmp_path):
     flags = ["--mode=steps", "--step-counts", "2", "4", "--reference-steps=4", "--num-noises=1"]
     assert draw(course[1], tmp_path, *flags).code == 0
@@ -200,6 +201,7 @@ def test_the_last_run_is_found(finished_run, tmp_path, monkeypatch):
     assert answer.code == 0, answer.err
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_the_same(finished_run, tmp_path):
     for devices in (1, 8):
         flags = ["--step-counts", "1", "2", "--reference-steps=4", "--num-noises=3", "--mode=steps"]

@@ -195,6 +195,7 @@ def assert_same_rows(found, expected):
         np.testing.assert_allclose(found[word], row, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_the_same(folders, tmp_path):
     one, eight = (learn_on(devices, folders, tmp_path / str(devices))[0] for devices in (1, 8))
     assert_same_rows(eight, one)
@@ -215,6 +216,7 @@ def test_two_processes_learn_the_same_and_one_goes_on(folders, tmp_path):
     assert_same_rows(read_learned(out / "learned_embeds.safetensors"), alone)
 
 
+@pytest.mark.slow
 def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
     flags = ("--value-learning-rate=0.01", "--adapter-rank=4", f"--out={tmp_path / 'a'}")
     answer = learn(*concepts(folders), *SMALL, *flags)
@@ -244,6 +246,7 @@ def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
     assert (about["adjust"], about["adjust_angle"], about["adjust_norm"]) == (["<new1>:photo"], 0.2, 1.0)
 
 
+@pytest.mark.slow
 def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, monkeypatch):
     scores = iter([50.0, 60.0, 60.0, 61.0, 61.0])  # the last two are those of what is kept
     monkeypatch.setattr(inversion_parts, "make_image_score", lambda *_: lambda pictures: next(scores))
@@ -288,6 +291,7 @@ def test_rows_that_are_not_finite_are_not_kept(folders, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("learned_embeds*"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypatch):
     (tmp_path / "texts").write_text("a photo of {}\na drawing of {}\n")
     same = (*concepts(folders), *SMALL, f"--templates={tmp_path / 'texts'}")
@@ -387,6 +391,7 @@ def test_what_cannot_be_learned_is_one_sentence(folders, tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_stop_the_run(folders, tmp_path):
     answer = learn(*concepts(folders), *SMALL, "--learning-rate=1e38", "--clip-norm=1e38", f"--out={tmp_path / 'out'}")
     assert answer.code == 2

@@ -174,6 +174,7 @@ def test_numbers_that_are_not_finite_stop_the_drawing(loaded):
         pipeline(ids, spoil("vae", "post_quant_conv"), key, 2)
 
 
+@pytest.mark.slow
 def test_half_precision_draws_nearly_the_same(folder, loaded):
     pipeline, params = loaded
     half, half_params = FlaxStableDiffusionPipeline.from_pretrained(folder, dtype=jnp.bfloat16)

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxdiff.command import wants_memory
-from jaxdiff.errors import InputError
+from jaxdiff.errors import InputError, wants_memory
 
 WEIGHTS, TOTAL = "weights", "in all, at the most"
 Sizes = dict[str, int]
