@@ -1,4 +1,4 @@
-"""What a command prints as a sentence instead of a traceback: two exceptions, and any that says that memory is short."""
+"""What a command prints as a sentence, not as a traceback: two exceptions, and all that tell of too little memory."""
 
 
 class InputError(ValueError):
