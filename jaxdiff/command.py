@@ -105,7 +105,7 @@ def parse(command: str, config_class: type[ConfigType], args: Sequence[str]) -> 
         # Else --out "$RUN" with RUN unset would mean the current folder.
         if not arg or (arg.startswith("--") and arg.endswith("=")):
             raise InputError(f"the value after {arg[:-1] or before} is empty; is a shell variable unset?")
-        if not arg.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in arg):
+        if any("\ud800" <= letter <= "\udfff" for letter in arg):
             raise InputError(f"{arg!r} is not UTF-8")
 
     # tyro breaks up and boxes what a class refuses; what the argument of a function refuses comes through.

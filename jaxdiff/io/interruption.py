@@ -78,6 +78,7 @@ def obey_signals(sentence: str) -> Iterator[None]:
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     report = sys.unraisablehook
+    _swallowed.clear()
 
     def raise_again(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):

@@ -136,11 +136,7 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
     """
     task = on_own_devices(task)
     model, out = task.model, task.out
-    hashes = {
-        "data": data_hash(task.run),
-        "ema_params": tree_hash(task.params),
-        "judge": tree_hash(task.judge.params),
-    }
+    data = data_hash(task.run)
     shards, rate = draw_all(task)
     if not is_leader():
         return []
@@ -166,6 +162,7 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
             f"{name}: {percent(figures[f'judge.sample_accuracy.{name}'])} of {figures[f'judge.samples.{name}']:,} "
             f"samples recognised (judge on real images: {percent(figures[f'judge.real_accuracy.{name}'])})"
         )
+    hashes = {"data": data, "ema_params": tree_hash(task.params), "judge": tree_hash(task.judge.params)}
     results = write_results(out, figures, config, hashes, device_name(task.mesh))
     page = write_page(task, samples, figures, grids, strips, read_json(results))
     return [*paths, out / SHARDS, results, page]

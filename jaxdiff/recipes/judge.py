@@ -83,7 +83,7 @@ def train_judge(train: Dataset, num_steps: int, batch_size: int, seed: int, mesh
     optimizer, state = initial_judge(config, (height, width, channels), num_steps, seed, mesh)
     checkpoints = Checkpoints(directory, keep_last=1)
     # A damaged judge is trained again rather than mourned: that takes minutes, and the run beside it is untouched.
-    restored = checkpoints.restore(state) if checkpoints.steps() else None
+    restored = checkpoints.restore(state) if processes.from_leader(checkpoints.steps) else None
     if restored is not None and restored[1] == num_steps:
         state = restored[0]
     else:
@@ -152,7 +152,7 @@ def load_judge(run: Path, config: ClassifierConfig, image_shape: tuple[int, int,
     """
     _, state = initial_judge(config, image_shape, 1, 0, mesh)
     checkpoints = Checkpoints(run / "judge", read_only=True)
-    restored = checkpoints.restore(state) if checkpoints.steps() else None
+    restored = checkpoints.restore(state) if processes.from_leader(checkpoints.steps) else None
     checkpoints.close()
     if restored is None:
         raise InputError(f"{run}: its judge is missing or damaged; run train_cfg again, which trains it")
