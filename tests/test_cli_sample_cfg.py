@@ -56,7 +56,8 @@ def shards(folder):
     return {path.name: path.read_bytes() for path in (folder / "shards").iterdir() if path.suffix == ".safetensors"}
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
 def test_several_processes_share_the_images_and_write_the_bytes_of_one(finished_run, tmp_path, number):
     run, _ = finished_run
     flags = [*TINY_SAMPLING[:-1], "--sample-batch-size=10", f"--run={run}"]

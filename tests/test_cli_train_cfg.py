@@ -192,6 +192,8 @@ def interrupt(args, folder, step):
     return finish(process)
 
 
+# Quicker, a run goes on after a damaged checkpoint below, and after signals in the tests of chaos.
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(finished_run, tmp_path):
     folder = tmp_path / "run"
     # A grid after every step takes the time in which the signal arrives; how often it is drawn changes nothing else.
@@ -292,11 +294,11 @@ def test_another_config_is_refused_by_name_until_the_run_is_started_over(finishe
     assert refused.code == 2
     assert "another config: ema_decay was 0.995, is 0.9; seed was 0, is 1. Choose" in refused.sentence
     assert results(copied_run) == results(finished_run[0])
-    again = run_here(train_cfg.main, *other, "--resume=never")
+    again = run_here(train_cfg.main, *other, "--resume=never", "--train-steps=2")
     assert again.code == 0, again.err
     assert "going on" not in again.out
     assert json.loads((copied_run / "config.json").read_text())["seed"] == 1
-    assert [line["step"] for line in logged(copied_run) if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in logged(copied_run) if "loss" in line] == [1, 2]
     assert not (copied_run / "grids" / "step_0000001.png").exists()
     assert (copied_run / "notes.txt").read_text() == "mine"
     hashes = [results(run)["hashes"] for run in (copied_run, finished_run[0])]

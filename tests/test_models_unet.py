@@ -117,14 +117,15 @@ def test_every_condition_and_every_image_counts_alone(patch_size):
     net = UNet(dataclasses.replace(SMALL, num_classes=3, num_domains=2, patch_size=patch_size))
     labels = jnp.array([0, 3]), jnp.array([1, 2])
     params = random_params(net, X, T, *labels)
-    base = jax.jit(net.apply)(params, X, T, *labels)
+    apply = jax.jit(net.apply)
+    base = apply(params, X, T, *labels)
     assert base.shape == X.shape
     for changed in (
         (X, T, jnp.array([1, 3]), labels[1]),
         (X, T, labels[0], jnp.array([0, 2])),
         (X, jnp.array([4, 800]), *labels),
     ):
-        out = jax.jit(net.apply)(params, *changed)
+        out = apply(params, *changed)
         assert float(jnp.abs(out[0] - base[0]).max()) > 1e-4
         np.testing.assert_allclose(out[1], base[1], atol=FLOAT32_ATOL)
 
