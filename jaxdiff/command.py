@@ -9,10 +9,11 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -21,6 +22,7 @@ from jaxdiff.errors import InputError, InterruptedRun, wants_memory
 from jaxdiff.io.cache import keep_compiled
 from jaxdiff.io.interruption import INTERRUPTED, obey_signals
 from jaxdiff.io.weight_files import forget_weights
+from jaxdiff.settings import as_flag
 
 ConfigType = TypeVar("ConfigType")
 INTERRUPTED_SENTENCE = "interrupted; run the same command again to go on"
@@ -99,7 +101,7 @@ def parse(command: str, config_class: type[ConfigType], args: Sequence[str]) -> 
     """Return the config that the flags describe; tyro itself answers --help and flags that it cannot read.
 
     Raises:
-      InputError: the config refuses a value, or a value is empty.
+      InputError: the config refuses a value, a value is empty, or a flag of one value is given twice.
     """
     for before, arg in pairwise([command, *args]):
         # Else --out "$RUN" with RUN unset would mean the current folder.
@@ -116,9 +118,45 @@ def parse(command: str, config_class: type[ConfigType], args: Sequence[str]) -> 
         given,
         prog=command,
         description=config_class.__doc__,
-        args=args,
+        args=join_repeated(args, list_flags(config_class)),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def list_flags(config_class: type) -> set[str]:
+    """Return the flags of a config that take any number of values."""
+    found = set()
+    for name, hint in get_type_hints(config_class).items():
+        if is_dataclass(hint):
+            found |= list_flags(cast(type, hint))
+        elif any(get_origin(choice) is tuple and Ellipsis in get_args(choice) for choice in (hint, *get_args(hint))):
+            found.add(as_flag(name))
+    return found
+
+
+def join_repeated(args: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Return the arguments with all values of a flag of `lists` after its first mention, where tyro takes the last.
+
+    Raises:
+      InputError: another flag is given twice.
+    """
+    parts: dict[str, list[str]] = {"": []}
+    part = parts[""]
+    for arg in args:
+        if not arg.startswith("--"):
+            part.append(arg)
+            continue
+        name, *value = arg.split("=", 1)
+        flag = as_flag(name[2:])
+        if flag not in parts:
+            part = parts[flag] = [arg]
+            continue
+        if flag not in lists:
+            raise InputError(f"{flag} is given twice: once is enough")
+        part = parts[flag]
+        part[:1] = part[0].split("=", 1)
+        part += value
+    return [arg for part in parts.values() for arg in part]
 
 
 def explain(error: Exception) -> str | None:

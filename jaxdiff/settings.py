@@ -91,8 +91,9 @@ class OptimizationSettings:
     def __post_init__(self):
         for name in ("train_steps", "batch_size", "accumulation_steps", "log_every", "save_every", "sample_every"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "weight_decay"):
-            require_at_least(name, getattr(self, name), 0)
+        require_at_least("warmup_steps", self.warmup_steps, 0)
+        decay = self.weight_decay
+        require(0 <= decay < math.inf, f"--weight-decay must be a finite number of at least 0, got {decay}")
         require(0 <= self.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)

@@ -73,6 +73,8 @@ def fields_of(config):
         ),
         (["--joint-dropout=0"], "needs images without class and domain in training: raise --joint-dropout above 0"),
         (["--zero-terminal-snr", "--prediction-type=eps"], "use --prediction-type v or x_0"),
+        (["--seed=1", "--seed", "2"], "--seed is given twice: once is enough"),
+        (["--weight-decay=inf"], "--weight-decay must be a finite number of at least 0, got inf"),
         (["--learning-rate=nan"], "--learning-rate must be positive and finite, got nan"),
         (["--ema-decay=1"], "--ema-decay must lie in [0, 1), got 1.0"),
         (["--deliver=101"], "--deliver must lie in 0..100 (--samples-per-class), got 101"),
