@@ -20,8 +20,8 @@ from jaxdiff.command import run_command
 from jaxdiff.device_settings import ProcessSettings
 from jaxdiff.settings import require, require_at_least
 
-SHOWN = ("best.image_score", "best.text_score", "image_score", "text_score", "cmmd", "all_present")
-"""Figures on the screen."""
+SHOWN = ("best.image_score", "best.text_score", "image_score", "text_score", "clip_i", "cmmd", "all_present")
+"""Figures on the screen, before those of each word and of each text."""
 FEATURES = "features"
 
 
@@ -84,9 +84,10 @@ class Config:
 
 def run(config: Config) -> list[Path]:
     """List the pictures, score them, write everything down."""
+    from jaxdiff.io.concept_pictures import read_photograph
     from jaxdiff.io.runs import as_json, check_writable, make_folder
     from jaxdiff.mesh import open_mesh, own_mesh
-    from jaxdiff.recipes.clip_grading import Group, grade, list_pictures, task_groups, without
+    from jaxdiff.recipes.clip_grading import Group, grade, list_pictures, read_as_grader, task_groups, without
     from jaxdiff.recipes.clip_scores_report import write_outputs
     from jaxdiff.recipes.zeroshot import prepare_encoder
 
@@ -99,10 +100,11 @@ def run(config: Config) -> list[Path]:
         references = list_pictures(config.references, "--references") if config.references is not None else ()
         stripped = without(config.token, config.prompt) if config.token else ""
         files = list_pictures(config.generated, "--generated")
-        groups = [Group("pictures", files, references, config.prompt, stripped, words=config.words)]
+        groups = [Group("pictures", files, references, config.prompt, "", stripped, words=config.words)]
     encoder = prepare_encoder(config.model, config.revision, config.dtype, None, mesh)
     features = config.out.expanduser().resolve() / FEATURES
-    graded = grade(encoder, groups, config.batch_size, config.seed, features)
+    read = read_photograph if config.task is None else read_as_grader
+    graded = grade(encoder, groups, config.batch_size, config.seed, features, read)
     if graded is None:
         return []
     for result in graded:
@@ -110,6 +112,9 @@ def run(config: Config) -> list[Path]:
         scores = [f"{name} {result.figures[name]:.2f}" for name in shown if name in result.figures]
         verdict = {None: "", True: "PASS ", False: "FAIL "}[result.passed]
         print(f"{result.group.name}: {verdict}{', '.join(scores)}")
+        for name, text in result.group.texts.items():
+            if text:
+                print(f"  {name} {result.figures[name]:.3f}, x2.5 {result.figures[f'{name}_times_2.5']:.3f}: {text!r}")
     written = write_outputs(make_folder(config.out), encoder, graded, as_json(config), started)
     # Only for a run that is killed before its end.
     shutil.rmtree(features)

@@ -52,7 +52,7 @@ def main() -> int:
     from jaxdiff.io.datasets import load_data
     from jaxdiff.io.digit_captions import CLASS_NAMES
     from jaxdiff.io.grids import labelled_grid
-    from jaxdiff.io.images import write_png
+    from jaxdiff.io.images import write_overview
     from jaxdiff.io.world_captions import STYLES, UNKNOWN, UNSPOKEN
     from jaxdiff.mesh import make_mesh
     from jaxdiff.recipes.judge import prepare_judge, recognise
@@ -121,7 +121,7 @@ def main() -> int:
     config.out.mkdir(parents=True, exist_ok=True)
     pictures = np.concatenate([pixels for _, pixels in grid])
     columns = [str(number) for number in range(10)]
-    write_png(config.out / "grid.png", labelled_grid(pictures, [name for name, _ in grid], columns, "Tiny world"))
+    write_overview(config.out / "grid.png", labelled_grid(pictures, [name for name, _ in grid], columns, "Tiny world"))
     (config.out / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0

@@ -14,8 +14,8 @@ from sklearn.datasets import load_sample_images
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from jaxdiff import clip_scores
-from jaxdiff.io.course_task import COUNTED
-from jaxdiff.recipes.clip_grading import list_pictures
+from jaxdiff.io.images import write_overview, write_png
+from jaxdiff.recipes.clip_grading import list_counted, list_pictures
 from jaxdiff.recipes.clip_scores import Interval, best_intervals, cmmd, cmmd_interval, mean_interval
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -204,8 +204,38 @@ def test_too_few_pictures_have_no_interval():
 def test_what_counts_as_a_picture_of_the_task_is_what_its_grader_counts(tmp_path):
     for name in ("0.png", "1.gif", "2.webp", "3.txt"):
         (tmp_path / name).touch()
-    assert [path.name for path in list_pictures(tmp_path, "--generated", COUNTED)] == ["0.png", "1.gif"]
-    assert [path.name for path in list_pictures(tmp_path, "--generated")] == ["0.png", "2.webp"]
+    write_overview(tmp_path / "grid.png", np.zeros((8, 8, 3), np.uint8))
+    write_png(tmp_path / "other.png", np.zeros((8, 8, 3), np.uint8), {"Description": "a night"})
+    counted = [path.name for path in list_counted(tmp_path, "--generated")]
+    assert counted == ["0.png", "1.gif", "grid.png", "other.png"]
+    # Grids are none of the pictures that they show.
+    assert [path.name for path in list_pictures(tmp_path, "--generated")] == ["0.png", "2.webp", "other.png"]
+
+
+def test_photographs_are_turned_as_they_were_held_but_for_the_course(world, tmp_path):
+    folder, _ = world
+    photo = Image.fromarray(load_sample_images().images[0][:200, :300])
+    turned = Image.Exif()
+    turned[0x0112] = 6  # hold it clockwise by a quarter
+    for name in ("generated", "references"):
+        (tmp_path / name / "0" / "0").mkdir(parents=True)
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "generated" / "0" / "0" / "0.png", exif=turned)
+    photo.save(tmp_path / "references" / "0" / "0.png")
+    task = json.loads((folder / "input.json").read_text())
+    task["0"] |= {"prompt": task["0"]["prompt"][:1], "prompt_4_clip_eval": PROMPTS[:1], "baseline": [[0, 0]]}
+    (tmp_path / "input.json").write_text(json.dumps(task))
+    found = []
+    for flags in (
+        [f"--generated={tmp_path / 'generated' / '0' / '0'}", f"--references={tmp_path / 'references' / '0'}"],
+        [f"--generated={tmp_path / 'generated'}", f"--references={tmp_path / 'references'}", "--count=1",
+         f"--task={tmp_path / 'input.json'}"],
+    ):  # fmt: skip
+        answer = score(*flags, f"--model={folder / 'clip'}", f"--out={tmp_path / 'out'}")
+        assert answer.code == 0, answer.err
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        found.append(next(value for name, value in results.items() if name.endswith(".image_score")))
+    assert found[0] == pytest.approx(100, abs=1e-3)
+    assert found[1] < 99.99
 
 
 @pytest.mark.parametrize(
@@ -225,8 +255,14 @@ def test_a_task_that_cannot_be_graded_is_one_sentence(world, tmp_path, change, f
     task = json.loads((folder / "input.json").read_text())
     task["0"] |= change
     (tmp_path / "input.json").write_text(json.dumps(task))
-    places = [f"--{name}={folder / name}" for name in ("generated", "references")]
-    answer = score(f"--task={tmp_path / 'input.json'}", *places, "--count=6", *flags, f"--out={tmp_path / 'out'}")
+    given = {
+        "--task": tmp_path / "input.json",
+        "--generated": folder / "generated",
+        "--references": folder / "references",
+        "--count": 6,
+        "--out": tmp_path / "out",
+    } | dict(flag.split("=") for flag in flags)
+    answer = score(*(f"{flag}={value}" for flag, value in given.items()))
     assert answer.code == 2
     assert sentence in answer.sentence
     assert "Traceback" not in answer.err

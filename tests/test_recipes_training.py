@@ -363,7 +363,16 @@ class Loop:
     def start(self):
         return jax.tree.map(jnp.copy, self._start)
 
-    def run(self, folder, batch_at=toy_batch, learning_rate=None, validation_loss=None, sample=None, **settings):
+    def run(
+        self,
+        folder,
+        batch_at=toy_batch,
+        learning_rate=None,
+        validation_loss=None,
+        sample=None,
+        sampled=None,
+        **settings,
+    ):
         checkpoints = Checkpoints(folder / "checkpoints", keep_last=10)
         state, resumed = checkpoints.restore(self.start()) or (self.start(), 0)
         log = MetricsLog(folder, resumed)
@@ -378,6 +387,7 @@ class Loop:
                 learning_rate or self.learning_rate,
                 validation_loss and (lambda params: {"validation_loss": validation_loss(params)}),
                 sample,
+                sampled,
             ).run(state)
         finally:
             log.close()
@@ -530,6 +540,34 @@ def test_a_stop_request_saves_the_step_it_names_and_a_new_run_goes_on(loop, tmp_
     assert steps == [step]
     assert_last_step(loop, saved, step)
     assert_last_step(loop, loop.run(tmp_path))
+
+
+def test_what_was_not_drawn_where_a_run_stopped_is_drawn_where_it_goes_on(loop, tmp_path, handlers):
+    def run(folder, drawn, stop_at=None):
+        def batch_at(step):
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return toy_batch(step)
+
+        def sample(step, ema_params):
+            drawn.append((step, values_of(ema_params)))
+
+        def sampled(step):
+            return step in [number for number, _ in drawn]
+
+        loop.run(folder, batch_at, sample=sample, sampled=sampled, save_every=100, sample_every=1)
+
+    whole, parted = [], []
+    run(tmp_path / "whole", whole)
+    with pytest.raises(InterruptedRun):
+        run(tmp_path / "parted", parted, stop_at=3)
+    assert loop.saved(tmp_path / "parted")[0] == [len(parted) + 1]
+    run(tmp_path / "parted", parted)
+    assert [step for step, _ in whole] == list(range(1, 8))
+    assert [step for step, _ in parted] == list(range(1, 8))
+    for (_, one), (_, other) in zip(whole, parted):
+        for value, again in zip(one, other, strict=True):
+            np.testing.assert_array_equal(value, again)
 
 
 @pytest.mark.parametrize("during", ["logged", "saved"])

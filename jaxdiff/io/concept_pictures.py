@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.images import read_image, resize_image
-from jaxdiff.io.labelled_images import pictures
+from jaxdiff.io.labelled_images import single_pictures
 from jaxdiff.io.prompts import read_prompts
 
 Kind = Literal["object", "style"]
@@ -133,6 +133,11 @@ class ConceptPictures(NamedTuple):
         return ConceptPictures(np.concatenate([self.pixels, self.pixels[:, :, ::-1]]), masks, self.whole)
 
 
+def read_photograph(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode a picture that may be a telephone's, turned as that was held; raise OSError as `read_image` does."""
+    return read_image(path, MAX_PIXELS, upright=True)
+
+
 def read_concept_pictures(
     concept: Concept, size: int, crops: int = 0, seed: int = 0, masks: Path | None = None
 ) -> ConceptPictures:
@@ -160,9 +165,9 @@ def read_views(
     found: list[UInt8[np.ndarray, "_ _ 3"]] = []
     shown: list[UInt8[np.ndarray, "_ _ 3"]] = []
     cropped, cropped_shown, faults = [], [], []
-    for path in pictures(folder.expanduser()):
+    for path in single_pictures(folder.expanduser()):
         try:
-            pixels = read_image(path, MAX_PIXELS, upright=True)
+            pixels = read_photograph(path)
             if min(pixels.shape[:2]) < LEAST_SIDE:
                 raise OSError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, too few to show anything")
         except OSError as error:
@@ -191,11 +196,11 @@ def read_mask(folder: Path, picture: Path, shape: tuple[int, ...]) -> UInt8[np.n
     Raises:
       InputError: there is none, it cannot be read, is of another size, or black.
     """
-    named = [path for path in pictures(folder.expanduser()) if path.stem == picture.stem]
+    named = [path for path in single_pictures(folder.expanduser()) if path.stem == picture.stem]
     if len(named) != 1:
         raise InputError(f"--mask {folder}: must hold one mask named {picture.stem}, holds {len(named)}")
     try:
-        mask = read_image(named[0], MAX_PIXELS, upright=True)
+        mask = read_photograph(named[0])
     except OSError as error:
         raise InputError(f"--mask {named[0]}: {error}") from error
     if mask.shape[:2] != shape:

@@ -15,6 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 
 MAX_PIXELS = 16_000_000
 """Pictures with more pixels than this are refused before they are decoded (decompression bombs)."""
+OVERVIEW = {"Description": "jaxdiff: an overview of several pictures"}
+"""What a PNG file says that shows others once more, so that it is not taken for one of them."""
 
 # `read_image` refuses such a picture itself. Set once: warnings.catch_warnings is not safe in threads.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -72,6 +74,20 @@ def write_png(path: Path, pixels: UInt8[np.ndarray, "H W C"], about: Mapping[str
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     picture.save(partial, "PNG", pnginfo=texts)
     os.replace(partial, path)
+
+
+def write_overview(path: Path, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Write a grid, a strip or a sheet of pictures, which says that it is one."""
+    write_png(path, pixels, OVERVIEW)
+
+
+def is_overview(path: Path) -> bool:
+    """Tell whether `write_overview` wrote a file; only its beginning is read."""
+    try:
+        with Image.open(path) as image:
+            return image.format == "PNG" and OVERVIEW.items() <= image.info.items()
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def read_png_texts(path: Path) -> dict[str, str]:

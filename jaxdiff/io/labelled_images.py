@@ -8,7 +8,7 @@ digits                            the held-out part of the embedded digits
 
 import csv
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from jaxtyping import Int, UInt8
 from jaxdiff.errors import InputError
 from jaxdiff.io.digit_captions import CLASS_NAMES
 from jaxdiff.io.folders import SUFFIXES, is_whole_number
-from jaxdiff.io.images import read_image
+from jaxdiff.io.images import is_overview, read_image
 from jaxdiff.io.prompts import clean_name
 from jaxdiff.io.strict_json import read_strict_json
 
@@ -34,18 +34,20 @@ class LabelledImages:
       labels: class of each.
       class_names: by number.
       sources: file or pixels of each.
+      read: decodes a file, or raises OSError.
     """
 
     names: Sequence[str]
     labels: Int[np.ndarray, "N"]
     class_names: tuple[str, ...]
     sources: Sequence[Path | Pixels]
+    read: Callable[[Path], Pixels] = read_image
 
     def load(self, number: int) -> Pixels | str:
         """Return one picture, or in one line why it cannot be read."""
         source = self.sources[number]
         try:
-            return read_image(source) if isinstance(source, Path) else source
+            return self.read(source) if isinstance(source, Path) else source
         except OSError as error:
             return f"{self.names[number]}: {error}"
 
@@ -159,6 +161,11 @@ def list_folder(folder: Path) -> list[tuple[Path, str]]:
 def pictures(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """Return the picture files of a folder in order of name."""
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+
+
+def single_pictures(folder: Path) -> list[Path]:
+    """Return the same without the grids and sheets that jaxdiff's commands write beside their pictures."""
+    return [file for file in pictures(folder) if not is_overview(file)]
 
 
 def list_csv(table: Path) -> list[tuple[Path, str]]:

@@ -1,7 +1,7 @@
 """Groups of pictures, one a prompt, with what they are held to; their scores by one CLIP."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.concept_pictures import MAX_PIXELS
 from jaxdiff.io.course_task import COUNTED, read_task
-from jaxdiff.io.folders import SUFFIXES
-from jaxdiff.io.labelled_images import LabelledImages, pictures
+from jaxdiff.io.images import read_image
+from jaxdiff.io.labelled_images import LabelledImages, Pixels, pictures, single_pictures
 from jaxdiff.io.runs import Figures
 from jaxdiff.recipes.clip_features import Encoder, encode_prompts, share_images
 from jaxdiff.recipes.clip_scores import (
@@ -41,6 +42,7 @@ class Group:
       files: in order of name.
       references: pictures of the concept; may be none.
       prompt: text that they shall show; empty for none.
+      spoken: the text that they were drawn from, with the learned word; empty where `prompt` is that.
       stripped: the same without the learned word; empty where that is not known.
       baseline: least image and text score of the best five; None where nothing is asked.
       words: concepts whose presence is asked for.
@@ -50,9 +52,15 @@ class Group:
     files: tuple[Path, ...]
     references: tuple[Path, ...]
     prompt: str
+    spoken: str = ""
     stripped: str = ""
     baseline: tuple[float, float] | None = None
     words: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What the pictures are compared with, by the name of the figure; a text may be empty."""
+        return {"clip_t": self.prompt, "clip_t_with_word": self.spoken, "clip_t_stripped": self.stripped}
 
 
 class Graded(NamedTuple):
@@ -88,16 +96,16 @@ def task_groups(task: Path, generated: Path, references: Path, count: int) -> li
     """
     groups = []
     for concept in read_task(task):
-        originals = list_pictures(references / concept.key, "--references", COUNTED)
+        originals = list_counted(references / concept.key, "--references")
         for number, (prompt, plain, baseline) in enumerate(
             zip(concept.prompts, concept.plain_prompts, concept.baselines)
         ):
             folder = generated / concept.key / str(number)
-            files = list_pictures(folder, "--generated", COUNTED)
+            files = list_counted(folder, "--generated")
             if len(files) != count:
                 raise InputError(f"--generated {folder}: {len(files)} pictures, must be {count}; --count says how many")
             stripped = without(concept.token, prompt)
-            groups.append(Group(f"{concept.key}.{number}", files, originals, plain, stripped, baseline))
+            groups.append(Group(f"{concept.key}.{number}", files, originals, plain, prompt, stripped, baseline))
     return groups
 
 
@@ -106,21 +114,42 @@ def without(token: str, prompt: str) -> str:
     return re.sub(r"\s+", " ", prompt.replace(token, " ")).strip()
 
 
-def list_pictures(folder: Path, flag: str, suffixes: Collection[str] = SUFFIXES) -> tuple[Path, ...]:
-    """Return the pictures of a folder in order of name.
+def list_pictures(folder: Path, flag: str) -> tuple[Path, ...]:
+    """Return the pictures of a folder in order of name, without our own grids and sheets of them.
 
     Raises:
       InputError: no such folder, or no pictures in it.
     """
+    return _list(folder, flag, single_pictures)
+
+
+def list_counted(folder: Path, flag: str) -> tuple[Path, ...]:
+    """Return all that the course's grader counts in a folder, likewise."""
+    return _list(folder, flag, lambda folder: pictures(folder, COUNTED))
+
+
+def _list(folder: Path, flag: str, list_files: Callable[[Path], list[Path]]) -> tuple[Path, ...]:
     if not folder.expanduser().is_dir():
         raise InputError(f"{flag} {folder}: no such folder")
-    found = tuple(pictures(folder.expanduser(), suffixes))
+    found = tuple(list_files(folder.expanduser()))
     if not found:
         raise InputError(f"{flag} {folder}: holds no pictures")
     return found
 
 
-def grade(encoder: Encoder, groups: Sequence[Group], batch_size: int, seed: int, folder: Path) -> list[Graded] | None:
+def read_as_grader(path: Path) -> Pixels:
+    """Decode a picture as the course's grader does, who does not turn it; raise OSError as `read_image` does."""
+    return read_image(path, MAX_PIXELS)
+
+
+def grade(
+    encoder: Encoder,
+    groups: Sequence[Group],
+    batch_size: int,
+    seed: int,
+    folder: Path,
+    read: Callable[[Path], Pixels],
+) -> list[Graded] | None:
     """Return the scores of every group; each picture and each text is encoded once.
 
     Args:
@@ -129,6 +158,7 @@ def grade(encoder: Encoder, groups: Sequence[Group], batch_size: int, seed: int,
       batch_size: pictures encoded at once.
       seed: of the bootstrap.
       folder: for the features of pictures, of which several processes make a share each.
+      read: decodes a picture, or raises OSError.
 
     Returns:
       The scores to process 0, None to the others.
@@ -137,15 +167,15 @@ def grade(encoder: Encoder, groups: Sequence[Group], batch_size: int, seed: int,
       InputError: a picture cannot be read, or a text is too long.
     """
     files = sorted({file for group in groups for file in (*group.files, *group.references)})
-    labels = np.zeros(len(files), np.int32)
-    features = share_images(encoder, LabelledImages(list(map(str, files)), labels, ("",), files), batch_size, folder)
+    images = LabelledImages(list(map(str, files)), np.zeros(len(files), np.int32), ("",), files, read)
+    features = share_images(encoder, images, batch_size, folder)
     if features is None:
         return None
     if features.skipped:
         raise InputError(f"{len(features.skipped)} pictures cannot be read; the first is {features.skipped[0]}")
     place = {file: number for number, file in enumerate(files)}
     texts = {ANYTHING, *(NAMING.format(word) for group in groups for word in group.words)}
-    texts |= {text for group in groups for text in (group.prompt, group.stripped) if text}
+    texts |= {text for group in groups for text in group.texts.values() if text}
     ordered = sorted(texts)
     remedy = "score by another text"
     by_text = dict(zip(ordered, encode_prompts(encoder, ordered, truncate=False, remedy=remedy)))
@@ -195,7 +225,7 @@ def _grade(
             figures["cmmd_with_self_pairs"] = cmmd(drawn, originals, unbiased=False)
     if len(text):
         add("text_score", text)
-    for name, prompt in (("clip_t", group.prompt), ("clip_t_stripped", group.stripped)):
+    for name, prompt in group.texts.items():
         if prompt:
             cosine = text_scores(drawn, by_text[prompt], 0.0)
             add(name, cosine)

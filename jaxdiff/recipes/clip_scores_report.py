@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxdiff.io.case_sheet import PICTURE, fit
+from jaxdiff.io.concept_pictures import read_photograph
 from jaxdiff.io.grids import GridStyle, labelled_grid
-from jaxdiff.io.images import read_image, write_png
+from jaxdiff.io.images import write_overview
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
@@ -30,6 +31,8 @@ MEANINGS = {
     "clip_i_times_2.5": "the same, 2.5 max(cosine, 0)",
     "clip_t": "CLIP-T, mean cosine to the prompt",
     "clip_t_times_2.5": "CLIPScore, 2.5 max(cosine, 0)",
+    "clip_t_with_word": "CLIP-T to the prompt with the learned word",
+    "clip_t_with_word_times_2.5": "the same, 2.5 max(cosine, 0)",
     "clip_t_stripped": "CLIP-T to the prompt without the learned word",
     "clip_t_stripped_times_2.5": "the same, 2.5 max(cosine, 0)",
     "cmmd": "CMMD to the references, pairs of a picture with itself left out",
@@ -46,7 +49,7 @@ def write_outputs(
     paths, sections = [table], []
     for result in graded:
         sheet = draw_sheet(result)
-        write_png(out / f"sheet_{result.group.name}.png", sheet)
+        write_overview(out / f"sheet_{result.group.name}.png", sheet)
         paths.append(out / f"sheet_{result.group.name}.png")
         sections.append(section_of(result, sheet))
     figures: Figures = {f"{r.group.name}.{name}": value for r in graded for name, value in r.figures.items()}
@@ -110,7 +113,7 @@ def draw_sheet(result: Graded) -> UInt8[np.ndarray, "h w 3"]:
 
 def square(file: Path) -> UInt8[np.ndarray, "h w 3"]:
     """Return the picture in the middle of a white square."""
-    image = fit(read_image(file))
+    image = fit(read_photograph(file))
     canvas = np.full((PICTURE, PICTURE, 3), 255, np.uint8)
     top, left = (PICTURE - image.height) // 2, (PICTURE - image.width) // 2
     canvas[top : top + image.height, left : left + image.width] = np.asarray(image)

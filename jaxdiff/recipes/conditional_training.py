@@ -16,10 +16,10 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.datasets import Dataset, Splits, batches
 from jaxdiff.io.grids import GridStyle, labelled_grid
-from jaxdiff.io.images import write_png
+from jaxdiff.io.images import write_overview
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
 from jaxdiff.io.runs import Figures
-from jaxdiff.mesh import put_whole
+from jaxdiff.mesh import any_process, put_whole
 from jaxdiff.models.classifier import ClassifierConfig
 from jaxdiff.recipes.conditional import ConditionalModel, build_conditional_model
 from jaxdiff.recipes.evaluation import draw_samples
@@ -102,7 +102,10 @@ def train(
     def draw_grid(step: int, ema_params: Any) -> None:
         images = draw_samples(sampler, parts.model, ema_params, GRID_COLUMNS, seed, sample_batch_size, mesh)
         if processes.is_leader():
-            write_png(out / "grids" / f"step_{step:07d}.png", side_by_side(parts.model, images, step))
+            write_overview(grid_at(step), side_by_side(parts.model, images, step))
+
+    def grid_at(step: int) -> Path:
+        return out / "grids" / f"step_{step:07d}.png"
 
     try:
         state = TrainingLoop(
@@ -117,6 +120,7 @@ def train(
                 parts.validation_loss_fn, splits.held_out, mesh, training.batch_size // training.accumulation_steps
             ),
             draw_grid,
+            lambda step: any_process(processes.is_leader() and grid_at(step).is_file(), mesh),
         ).run(state)
     finally:
         checkpoints.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxdiff.ddim_settings import ModeSettings
 from jaxdiff.errors import InputError
-from jaxdiff.io.images import write_png
+from jaxdiff.io.images import write_overview, write_png
 from jaxdiff.io.report import Figure, Report, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.mesh import device_name
@@ -71,7 +71,7 @@ def write_all(
         folder = out if mode.mode == "images" else out / mode.mode
         for name, pixels in mode.pictures.items():
             write_png(folder / name, pixels)
-        write_png(out / f"grid_{mode.mode}.png", mode.grid)
+        write_overview(out / f"grid_{mode.mode}.png", mode.grid)
         paths += [folder, out / f"grid_{mode.mode}.png"]
         done.append(mode)
     figures: Figures = {name: value for mode in done for name, value in mode.figures.items()}

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff.io.file_names import as_file_name
-from jaxdiff.io.images import write_png
+from jaxdiff.io.images import write_overview
 from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash, versions
 from jaxdiff.io.report import Confusion, Curve, Figure, Picture, Report, Section, Table, facts_of, write_report
@@ -148,7 +148,7 @@ def evaluate(task: Evaluation, figures: Mapping[str, Any], config: Mapping[str, 
     for name, grid, strip in zip(model.domain_names, grids, strips):
         for kind, picture in (("grid", grid), ("reverse", strip)):
             paths.append(out / f"{kind}_{as_file_name(name)}.png")
-            write_png(paths[-1], picture)
+            write_overview(paths[-1], picture)
     if task.deliver:
         paths += deliver(out / "samples", model, images, task.deliver)
     figures = {

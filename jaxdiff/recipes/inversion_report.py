@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.io.adapters import Adapter, Deltas, of_all, of_words, write_adapter
-from jaxdiff.io.images import write_png
+from jaxdiff.io.images import write_overview
 from jaxdiff.io.learned_embeddings import Learned, write_learned, write_learned_apart
 from jaxdiff.io.metrics import METRICS, read_lines
 from jaxdiff.io.provenance import tree_hash
@@ -37,12 +37,11 @@ def write_outputs(
 ) -> list[Path]:
     """Draw with the learned words, write everything, and return the paths."""
     rows, deltas = split_trained(trained, parts.words)
-    write_learned(out / WORDS, rows)
-    words = [out / WORDS, *(write_learned_apart(out / WORDS, rows) if len(rows) > 1 else [])]
+    words = [] if of_words(deltas) else write_words(out, rows)
     adapters = write_adapters(out, parts, rows, deltas, training) if deltas else []
     prompts = prompts_of(parts, training)
     pictures = draw_pictures(parts, training, trained)
-    write_png(out / "grid.png", make_grid(pictures, prompts, "With the learned words"))
+    write_overview(out / "grid.png", make_grid(pictures, prompts, "With the learned words"))
     lines = read_lines(out / METRICS)
     if parts.score is not None:
         lines.append({"step": max((line["step"] for line in lines), default=0), "image_score": parts.score(pictures)})
@@ -82,6 +81,12 @@ def write_outputs(
     )
     grids = [out / "grids"] if (out / "grids").exists() else []
     return [*words, *adapters, out / "grid.png", *grids, results, write_report(out / "report.html", report)]
+
+
+def write_words(out: Path, rows: Learned) -> list[Path]:
+    """Write all words together and, where there are several, each by itself."""
+    write_learned(out / WORDS, rows)
+    return [out / WORDS, *(write_learned_apart(out / WORDS, rows) if len(rows) > 1 else [])]
 
 
 def figures_of(

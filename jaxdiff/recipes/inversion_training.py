@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from jaxdiff.io.adapters import at_rank
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.grids import GridStyle, labelled_grid
-from jaxdiff.io.images import write_png
+from jaxdiff.io.images import write_overview
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
 from jaxdiff.mesh import any_process, bring_home, own_copy, put_batch
 from jaxdiff.processes import is_leader
@@ -49,10 +49,17 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
     def draw(step: int, trained: Any) -> None:
         pixels = draw_pictures(parts, training, parts.finish(trained))
         grid = make_grid(pixels, prompts_of(parts, training), f"Step {step:,}")
-        write_png(out / "grids" / f"step_{step:07d}.png", grid)
+        write_overview(grid_at(step), grid)
         if parts.score is not None:
             scores.append(parts.score(pixels))
             log.write(step, {"image_score": scores[-1]})
+
+    def grid_at(step: int) -> Path:
+        return out / "grids" / f"step_{step:07d}.png"
+
+    def drawn(step: int) -> bool:
+        scored = parts.score is None or any("image_score" in x and x["step"] == step for x in read_lines(out / METRICS))
+        return any_process(is_leader() and grid_at(step).is_file() and scored, mesh)
 
     def enough() -> bool:
         # Only the first process has scores.
@@ -83,6 +90,7 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
             parts.learning_rate,
             check,
             draw_grid,
+            drawn,
         ).run
         state = state if enough() else run(state)
     finally:

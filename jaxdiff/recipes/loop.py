@@ -35,6 +35,7 @@ class TrainingLoop:
       learning_rate: step -> rate, for the log.
       validate: EMA parameters -> figures on fixed images, "validation_loss" among them, or None.
       sample: (step, EMA parameters) -> whether to end here, draws pictures along the way; or None.
+      sampled: step -> whether `sample` was done there, the same in all processes: not where a run was stopped in it.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -46,6 +47,7 @@ class TrainingLoop:
     learning_rate: Callable[[int], Any]
     validate: Callable[[Any], Mapping[str, jax.Array]] | None
     sample: Callable[[int, Any], bool | None] | None
+    sampled: Callable[[int], bool] | None
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step, or until `sample` says that it is enough; return the final state, saved.
@@ -55,6 +57,9 @@ class TrainingLoop:
           InterruptedRun: Ctrl-C or SIGTERM; the state has been saved.
         """
         start = int(state.step)
+        sample = self._sampler_at(start)
+        if start and sample and self.sampled and not self.sampled(start) and sample(start, state.ema_params):
+            return state
         results = fit(state, self.train_step, self.batch_at, self.settings.train_steps, self.mesh)
         bar = progress_bar(self.settings.train_steps, "training", "step", start)
         with StopRequest() as request, bar:
@@ -72,8 +77,9 @@ class TrainingLoop:
                 if saving:
                     self._save(result, validate=due)
                 # A picture takes longer than whoever stops a run may wait.
-                if self.sample and result.step % self.settings.sample_every == 0 and not (last or stop.requested):
-                    enough = self.sample(result.step, state.ema_params)
+                sample = self._sampler_at(result.step)
+                if sample and not stop.requested:
+                    enough = sample(result.step, state.ema_params)
                     if enough and not saving:
                         self._save(result, validate=True)
                     if enough:
@@ -91,6 +97,10 @@ class TrainingLoop:
             if any_process(request.requested, self.mesh):
                 raise InterruptedRun("trained to the end and saved; run the same command again for what follows")
         return state
+
+    def _sampler_at(self, step: int) -> Callable[[int, Any], bool | None] | None:
+        """Return `sample` where pictures are due; those after the last step are not its."""
+        return self.sample if step % self.settings.sample_every == 0 and step < self.settings.train_steps else None
 
     def _with_figures(self, results: Iterator[StepResult], bar: tqdm) -> Iterator[tuple[StepResult, dict[str, float]]]:
         """Pair each result with the figures to log at its step (most often none), having checked the last one."""

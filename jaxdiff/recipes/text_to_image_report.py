@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from jaxdiff.io.grids import GridStyle, labelled_grid
-from jaxdiff.io.images import read_image, write_png
+from jaxdiff.io.images import read_image, write_overview
 from jaxdiff.io.report import Figure, Picture, Report, Section, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.mesh import device_name
@@ -48,7 +48,7 @@ def write_outputs(
         np.stack([shrink(read_image(out / job.file)) for job in jobs[number * each : number * each + shown]])
         for number in range(min(len(prompts), PROMPTS_ON_A_PAGE))
     ]
-    write_png(out / "grid.png", make_grid(rows[:GRID_ROWS], prompts))
+    write_overview(out / "grid.png", make_grid(rows[:GRID_ROWS], prompts))
     figures: Figures = {
         "pictures": len(jobs),
         "new_pictures": drawn.new,

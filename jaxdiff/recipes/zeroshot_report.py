@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.io.case_sheet import Case, case_sheet
 from jaxdiff.io.heat_map import block_size, heat_map
-from jaxdiff.io.images import write_png
+from jaxdiff.io.images import write_overview
 from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.io.report import Confusion, Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import read_json, write_results
@@ -61,7 +61,7 @@ def write_outputs(
         sheets = [(kind, sheet) for kind, sheet in draw_cases(result, images, num_cases, seed) if sheet is not None]
         for kind, sheet in sheets:
             paths.append(out / f"{kind}{ending}.png")
-            write_png(paths[-1], sheet)
+            write_overview(paths[-1], sheet)
         paths.append(write_predictions(out / f"predictions{ending}.csv", result, images))
         paths.append(write_per_class(out / f"per_class{ending}.csv", result, images))
         name = "" if len(results) == 1 else f" of {title}"
