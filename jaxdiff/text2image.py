@@ -67,7 +67,7 @@ def run(config: Config) -> list[Path]:
     from jaxdiff.recipes.course_delivery import check_no_others, check_words, list_delivery
     from jaxdiff.recipes.memory import explain_want_of_memory, list_memory
     from jaxdiff.recipes.text_to_image import draw_missing, make_jobs
-    from jaxdiff.recipes.text_to_image_model import estimate_drawing, prepare
+    from jaxdiff.recipes.text_to_image_model import check_said, estimate_drawing, prepare
     from jaxdiff.recipes.text_to_image_report import write_outputs
 
     def estimate():
@@ -83,10 +83,11 @@ def run(config: Config) -> list[Path]:
     else:
         prompts, jobs = list_delivery(config.task, config.num_images or PICTURES_OF_A_TASK)
         check_no_others(config.out, jobs)
+    check_said(config.model, [*prompts, config.pictures.negative])
     with explain_want_of_memory(estimate, "lower --batch-size, --height or --width, or use --dtype bfloat16"):
         drawing = leader_first(lambda: prepare(config.model, config.pictures, mesh))
         if config.task is not None:
-            check_words(config.task, drawing.tokenizer, drawing.learned)
+            check_words(config.task, drawing.tokenizer)
         drawing.tokenize([*prompts, config.pictures.negative])  # refuses what is too long before anything is written
         out = make_folder(config.out)
         drawn = draw_missing(drawing, prompts, jobs, out)

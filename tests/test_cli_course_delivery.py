@@ -88,8 +88,13 @@ def test_each_prompt_gets_25_pictures_under_the_names_that_the_grader_wants(plac
 def test_words_are_matched_by_their_name(place):
     answer = deliver(task(_1=STYLE), "--num-images=1", words=("<new1>",))
     assert answer.code == 2
-    assert "'1' needs the learned word <new2>, which --embeddings must hold: they hold <new1>" in answer.sentence
-    assert "must hold: none is given" in deliver(task(_0=DOG), words=()).sentence
+    assert "no prompt says '<new1>', which is what the file holds" in answer.sentence
+    needs = "'0' needs the learned word {}, which neither the model nor a file of --embeddings holds"
+    assert needs.format("<new1>") in deliver(task(_0=DOG), words=()).sentence
+    # A word that the model knows anyhow is not one that was learned.
+    path = place / "input.json"
+    path.write_text(path.read_text().replace('"token_name": "<new1>"', '"token_name": "photo"'))
+    assert needs.format("photo") in deliver("--task=input.json", words=("<new1>",)).sentence
     assert not (place / "out").exists()
 
 

@@ -143,7 +143,7 @@ def learned(tmp_path) -> dict[str, torch.Tensor]:
     return {"<one>": torch.randn(32), "<many>": torch.randn(3, 32)}
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "torch", "a1111", "a1111 torch"])
+@pytest.mark.parametrize("layout", ["diffusers", "torch", "a1111", "a1111 torch", "the paper's code"])
 def test_learned_words_are_read_as_diffusers_reads_them(folder, tmp_path, layout):
     words = learned(tmp_path)
     if layout == "diffusers":
@@ -161,7 +161,10 @@ def test_learned_words_are_read_as_diffusers_reads_them(folder, tmp_path, layout
                 save_file({"emb_params": rows}, files[-1])
             else:
                 files.append(tmp_path / f"{word}.pt")
-                torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": word}, files[-1])
+                found = {"*": rows}
+                if layout == "the paper's code":
+                    found = torch.nn.ParameterDict({"*": torch.nn.Parameter(rows)})
+                torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": found}, files[-1])
     theirs = StableDiffusionPipeline.from_pretrained(folder)
     for word, rows in words.items():
         theirs.load_textual_inversion({word: rows})
@@ -246,9 +249,10 @@ def edit(path, **changes):
         (("--prompt=a", "--model=empty.txt"), "is a single file; `python -m weights_convert stable_diffusion"),
         (("--prompt=a", "--model=."), "has no model_index.json, so it is no folder of a diffusers pipeline"),
         (("--prompt=a", "--embeddings=none.bin"), "--embeddings none.bin: no such file"),
-        (("--prompt=a", "--embeddings=wide.safetensors"), "<w>: its vectors have 5 numbers, but this model's tokens"),
-        (("--prompt=a", "--embeddings=known.safetensors"), "a</w> stands for something already"),
-        (("--prompt=a", "--embeddings", "wide.safetensors", "again.safetensors"), "<w> is in another"),
+        (("--prompt=<w>", "--embeddings=wide.safetensors"), "<w>: its vectors have 5 numbers, but this model's tokens"),
+        (("--prompt=a</w>", "--embeddings=known.safetensors"), "a</w> stands for something already"),
+        (("--prompt=<w>", "--embeddings", "wide.safetensors", "again.safetensors"), "<w> is in another"),
+        (("--prompt=w", "--embeddings=wide.safetensors"), "no prompt says '<w>', which is what the file holds"),
         (("--prompt=" + "photo " * 80,), "'photo photo photo photo photo ' would be lost"),
         (("--prompt=a", "--adjust=<w>"), '--adjust must be WORD:CLASS, such as "<new1>:dog"'),
         (("--prompt=a", "--adjust", "<w>:a", "<w>:b"), "--adjust: one word is given twice"),

@@ -15,15 +15,20 @@ from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 
 from jaxdiff import text2image, textual_inversion
+from jaxdiff.errors import InputError
 from jaxdiff.io.adapters import read_adapter, write_adapter
+from jaxdiff.io.concept_pictures import parse_concept
 from jaxdiff.io.images import read_png_texts
 from jaxdiff.io.interruption import StopRequest
-from jaxdiff.io.learned_embeddings import read_learned
+from jaxdiff.io.learned_embeddings import read_learned, write_learned
 from jaxdiff.io.weights import write_safetensors
+from jaxdiff.mesh import make_mesh
 from jaxdiff.recipes import inversion_parts, loop, training
 from jaxdiff.recipes.custom_diffusion import text_matrices
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny
+from jaxdiff.text2image_settings import LatentModelSettings
+from jaxdiff.textual_inversion_settings import InversionSettings
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 SMALL = (
@@ -63,7 +68,8 @@ def folders(tmp_path_factory):
 
 
 def concepts(folders) -> tuple[str, ...]:
-    return "--concept", f"<new1>:{folders / 'thing'}:digit", f"<new2>:{folders / 'style'}:photo:style"
+    """Return flags as they are given one by one; others follow theirs."""
+    return f"--concept=<new1>:{folders / 'thing'}:digit", "--concept", f"<new2>:{folders / 'style'}:photo:style"
 
 
 def test_words_are_learned_and_kept(folders, tmp_path):
@@ -251,8 +257,11 @@ def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
     assert adapter.deltas.keys() == {f"{word}@{name}" for word in adapter.words for name in values}
     assert all(np.abs(delta).max() > 1e-4 for delta in adapter.deltas.values())
 
+    assert not list((tmp_path / "a").glob("learned_embeds*"))
+
     drawn = set()
-    words = f"--embeddings={tmp_path / 'a' / 'learned_embeds.safetensors'}"
+    write_learned(tmp_path / "words.safetensors", adapter.words)
+    words = f"--embeddings={tmp_path / 'words.safetensors'}"
     values = f"--adapters={tmp_path / 'a' / 'adapter.safetensors'}"
     for flags in ([values], [words], [words, "--adjust=<new1>:photo"]):
         args = ["--prompt=a photo of <new1>", "--num-steps=2", "--height=16", "--width=16", *flags]
@@ -284,6 +293,36 @@ def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, mon
     other = learn(concept, *(flag for flag in SMALL if "sample-every" not in flag), "--sample-every=2", *flags[1:])
     assert other.code == 2
     assert "sample_every was 1, is 2" in other.sentence
+
+
+def test_words_of_files_are_learned_beside_as_they_are_drawn(folders, tmp_path):
+    for word, rows in (("<bg>", 3), ("<one>", 1)):
+        write_learned(tmp_path / f"{word}.safetensors", {word: np.ones((rows, 64), np.float32)})
+    (tmp_path / "texts").write_text("a photo of {} <bg>\n{} <one>\n")
+    files = tuple(tmp_path / f"{word}.safetensors" for word in ("<bg>", "<one>"))
+    model, mesh = LatentModelSettings("tiny", embeddings=files), make_mesh(1)
+    settings = InversionSettings(templates=tmp_path / "texts", size=16, sample_prompts=("a photo of <new1> <bg>",))
+
+    def prepare(initializer):
+        concept = parse_concept(f"<new1>:{folders / 'thing'}:{initializer}")
+        return inversion_parts.prepare_inversion([concept], model, settings, mesh)
+
+    parts = prepare("<one>")
+    drawn = {ids.tobytes() for (ids,) in parts.drawing.tokenize(["a photo of <new1> <bg>", "<new1> <one>"])}
+    assert {ids.tobytes() for step in range(8) for ids in parts.batch_at(step).input_ids} == drawn
+    np.testing.assert_array_equal(parts.start["<new1>"], np.ones((1, 64)))
+    with pytest.raises(InputError, match=r"initialiser '<bg>' is several tokens, '<bg>' \+ '<bg>_1' \+ '<bg>_2'"):
+        prepare("<bg>")
+    (tmp_path / "texts").write_text("a photo of {}\n")
+    with pytest.raises(InputError, match="no prompt says '<one>'"):
+        prepare("digit")
+
+
+def test_a_text_to_draw_that_is_too_long_is_refused_before_anything_is_learned(folders, tmp_path):
+    answer = learn(*concepts(folders), *SMALL, f"--sample-prompts={'word ' * 80}", f"--out={tmp_path / 'a'}")
+    assert answer.code == 2
+    assert "would be lost: shorten it" in answer.sentence
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_dry_run_says_what_learning_would_take(tmp_path, monkeypatch):

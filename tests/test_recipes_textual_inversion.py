@@ -56,7 +56,7 @@ def world(tmp_path_factory):
             top, left = rng.integers(300), rng.integers(500)
             Image.fromarray(photo[top : top + 60, left : left + 80]).save(folder / name / f"{number}.png")
     concepts = [parse_concept(f"<one>:{folder / 'thing'}:cat"), parse_concept(f"<two>:{folder / 'style'}:of:style")]
-    rows = initial_rows(params, pipeline.tokenizer, concepts, 2, mean=False)
+    rows = initial_rows(params, pipeline.tokenizer, concepts, {}, 2, mean=False)
     model, with_words = add_words(pipeline.model, params, pipeline.tokenizer, rows)
     mesh = make_mesh(1)
     latents = [
@@ -75,10 +75,10 @@ def test_what_learning_starts_from(world):
     np.testing.assert_array_equal(rows["<one>"], np.stack([table[number]] * 2))
     several = [parse_concept("<three>:x:cat digit")]
     with pytest.raises(InputError, match=r"several tokens, 'cat</w>' \+ 'digit</w>'"):
-        initial_rows(params, tokenizer, several, 1, mean=False)
+        initial_rows(params, tokenizer, several, {}, 1, mean=False)
     ids = theirs.tokenizer("cat digit").input_ids[1:-1]
     np.testing.assert_allclose(
-        initial_rows(params, tokenizer, several, 1, mean=True)["<three>"][0], table[ids].mean(0), rtol=1e-6
+        initial_rows(params, tokenizer, several, {}, 1, mean=True)["<three>"][0], table[ids].mean(0), rtol=1e-6
     )
     assert concepts[1].kind == "style"
 

@@ -1,7 +1,8 @@
 """Learned words (textual inversion, arXiv 2208.01618) in the files that diffusers and A1111's web UI exchange.
 
 diffusers writes a safetensors or torch file of one tensor a word, under the word's name; A1111 writes one word, whose
-vectors are called `emb_params` (safetensors) or lie below `string_to_param` (torch) and whose name is the file's.
+vectors are called `emb_params` (safetensors) or lie below `string_to_param` (torch, as the paper's own code writes it)
+and whose name is the file's.
 """
 
 from collections.abc import Mapping
@@ -46,6 +47,9 @@ def read_learned(path: Path) -> Learned:
     for name, tensor in tensors.items():
         if not isinstance(tensor, np.ndarray) or tensor.ndim not in (1, 2) or not tensor.size:
             raise InputError(f"--embeddings {path}: {name} is no vector of a word, nor several")
+        if np.iscomplexobj(tensor) or not str(name).strip():
+            wrong = f"{name} has complex numbers" if np.iscomplexobj(tensor) else f"the name {name!r} is no word"
+            raise InputError(f"--embeddings {path}: {wrong}")
         check_finite(f"--embeddings {path}", str(name), tensor)
         word = path.stem if name == A1111 else str(name)
         learned[word] = np.atleast_2d(np.asarray(tensor, np.float32))

@@ -180,6 +180,10 @@ class CLIPTokenizer:
         """Tell whether a text is one token."""
         return len(self._rows([word])[0]) == 3  # with begin and end
 
+    def was_given(self, word: str) -> bool:
+        """Tell whether a text is one token that was added to the vocabulary, whose own words end in </w>."""
+        return self.knows(word) and self._tokenizer.token_to_id(word) == self._rows([word])[0][1]
+
     def name_of(self, number: int) -> str:
         """Return the token of an id, in the vocabulary's spelling."""
         return str(self._tokenizer.id_to_token(number))

@@ -131,6 +131,12 @@ class _Inert:
 
 
 _INERT = _Inert()
+_PARAMETERS = _Inert()
+"""The class torch.nn.ParameterDict, of which new objects may be made."""
+
+
+class _ParameterDict(dict):
+    """What torch.nn.ParameterDict becomes: its tensors by name, and nothing of the module that it is."""
 
 
 @dataclass(frozen=True)
@@ -326,10 +332,17 @@ def _interpret(records: _Records, known: Mapping[str, Any], finish: Callable[[_V
                 args, function = _check_type(stack.pop(), tuple), stack.pop()
                 value = _INERT if function is _INERT else _check_type(function, _Function).call(*args)
                 stack.append(finish(value) if isinstance(value, _View) else value)
+            case "NEWOBJ":
+                args, function = stack.pop(), stack.pop()
+                if function is not _PARAMETERS or args != ():
+                    raise ValueError("a new object, which is none of tensors by name")
+                stack.append(_ParameterDict())
             case "BUILD":
-                # The attributes of a state dict (versions of its modules), which nothing here needs.
-                stack.pop()
-                if stack[-1] is not _INERT:
+                attributes = stack.pop()
+                if isinstance(stack[-1], _ParameterDict):
+                    stack[-1].update(_check_type(_check_type(attributes, dict)["_parameters"], dict))
+                elif stack[-1] is not _INERT:
+                    # Those of a state dict (versions of its modules), which nothing here needs.
                     _check_type(stack[-1], OrderedDict)
             case _:
                 raise ValueError(f"instruction {opcode.name}, which tensors do not need")
@@ -423,6 +436,10 @@ _STORAGES = {
 _KNOWN: dict[str, Any] = {
     "collections.OrderedDict": _Function(lambda: OrderedDict()),
     "torch.Size": _Function(tuple),
+    "torch.nn.modules.container.ParameterDict": _PARAMETERS,
+    # Only among the attributes of a module.
+    "__builtin__.set": _Function(lambda items: _INERT),
+    "builtins.set": _Function(lambda items: _INERT),
     "torch._utils._rebuild_tensor": _Function(_tensor),
     "torch._utils._rebuild_tensor_v2": _Function(_tensor),
     "torch._utils._rebuild_tensor_v3": _Function(_tensor_v3),

@@ -1,6 +1,6 @@
 """The pictures that the course asks for: which prompts, which files, and nothing else beside them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxdiff.errors import InputError
@@ -27,15 +27,17 @@ def list_delivery(path: Path, num_images: int) -> tuple[list[str], list[Job]]:
     return prompts, jobs
 
 
-def check_words(path: Path, tokenizer: CLIPTokenizer, learned: Collection[str]) -> None:
-    """Raise InputError unless the tokenizer knows every word of a task; `learned` are those of files."""
+def check_words(path: Path, tokenizer: CLIPTokenizer) -> None:
+    """Raise InputError unless every word of a task was added to the tokenizer; print which prompts lack theirs."""
     for concept in read_task(path, graded=False):
-        if not tokenizer.knows(concept.token):
-            known = f"they hold {', '.join(sorted(learned))}" if learned else "none is given"
+        if not tokenizer.was_given(concept.token):
             raise InputError(
-                f"--task {path}: {concept.key!r} needs the learned word {concept.token}, which --embeddings must hold: "
-                f"{known}"
+                f"--task {path}: {concept.key!r} needs the learned word {concept.token}, which neither the model nor a "
+                "file of --embeddings holds"
             )
+        for row, prompt in enumerate(concept.prompts):
+            if concept.token not in prompt:
+                print(f"--task {path}: prompt {row} of {concept.key!r} does not say {concept.token}: {prompt!r}")
 
 
 def check_no_others(out: Path, jobs: Sequence[Job]) -> None:

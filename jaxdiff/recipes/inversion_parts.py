@@ -24,7 +24,7 @@ from jaxdiff.recipes.inversion_data import InversionData, read_data
 from jaxdiff.recipes.learned_words import TABLE, first_rows, get_leaf
 from jaxdiff.recipes.stable_diffusion import Params
 from jaxdiff.recipes.text_to_image import TextToImage
-from jaxdiff.recipes.text_to_image_model import prepare, read_all_learned
+from jaxdiff.recipes.text_to_image_model import check_said, prepare, read_all_learned
 from jaxdiff.recipes.textual_inversion import (
     InversionBatch,
     initial_rows,
@@ -116,18 +116,21 @@ def prepare_inversion(
     Raises:
       InputError: the model or a concept cannot be read, or they do not fit each other.
     """
-    texts_of(concepts, training.templates)  # refuses a file of texts before the model is read
+    texts = [text for speaks in texts_of(concepts, training.templates) for text in speaks]
+    texts += [*training.sample_prompts, *(concept.initializer for concept in concepts), *training.prior]
+    check_said(model, texts)
     known = sum(map(len, read_all_learned(model).values()))
     frozen: list[Params] = []
     first: list[Learned] = []
     base: list[str] = []
 
-    def learn(params: Params, tokenizer: Any) -> Learned:
+    def learn(params: Params, tokenizer: Any, learned: Learned) -> Learned:
         # New rows follow those of the tokens, where some tables have more.
         frozen.append(first_rows(params, tokenizer.vocab_size))
         if training.matrices_learning_rate is not None:
             base.append(base_hash(params, tokenizer.vocab_size - known))
-        first.append(initial_rows(params, tokenizer, concepts, training.vectors_per_token, training.mean_initializer))
+        vectors, mean = training.vectors_per_token, training.mean_initializer
+        first.append(initial_rows(params, tokenizer, concepts, learned, vectors, mean))
         return first[0]
 
     drawing = leader_first(lambda: prepare(model, training.pictures, own_mesh(mesh), learn))
@@ -136,15 +139,15 @@ def prepare_inversion(
         drawing = replace(drawing, model=give_values(drawing.model, drawing.tokenizer, first[0]))
     data = read_data(concepts, training, drawing)
     start, finish, optimizer, learning_rate = choose_optimizer(training, first[0], get_leaf(frozen[0], TABLE))
-    whole, tokenizer = training.batch_size, drawing.tokenizer
+    whole, tokenizer, learned = training.batch_size, drawing.tokenizer, drawing.learned
     weight = 1.0 if training.prior_weight is None else training.prior_weight
     parts = InversionParts(
         concepts,
         drawing,
         mesh,
         jax.device_put(frozen[0], replicated(mesh)),
-        make_batches(data.concepts, tokenizer, start, whole, training.seed, data.priors, weight, index(), count()),
-        make_batches(data.concepts, tokenizer, start, whole // training.accumulation_steps, training.seed),
+        make_batches(data.concepts, tokenizer, learned, whole, training.seed, data.priors, weight, index(), count()),
+        make_batches(data.concepts, tokenizer, learned, whole // training.accumulation_steps, training.seed),
         optimizer,
         learning_rate,
         create_state(
@@ -158,6 +161,8 @@ def prepare_inversion(
         finish,
         base[0] if base else "",
     )
+    remedy = "give the word fewer --vectors-per-token"
+    drawing.tokenize(prompts_of(parts, training), remedy)  # refuses now what could not be drawn at the end
     if training.score_model is None or not is_leader():
         return parts
     score = make_image_score(

@@ -105,8 +105,10 @@ class TextToImage:
         """Return how many pictures are drawn at once where so many are to be drawn."""
         return round_up(min(self.settings.batch_size, jobs), self.mesh)
 
-    def tokenize(self, texts: Sequence[str]) -> list[Int[np.ndarray, "pieces L"]]:
-        """Return the token ids of texts, each in as many pieces as it needs.
+    def tokenize(
+        self, texts: Sequence[str], remedy: str = "encode it in pieces by --long-prompts"
+    ) -> list[Int[np.ndarray, "pieces L"]]:
+        """Return the token ids of texts, each in as many pieces as it needs; `remedy` is for one that is too long.
 
         Raises:
           InputError: a text is too long, and not to be taken in pieces.
@@ -115,7 +117,7 @@ class TextToImage:
         if self.settings.long_prompts:
             return self.tokenizer.in_chunks(texts)
         length = self.tokenizer.context_length
-        ids = self.tokenizer(texts, length=length, remedy="encode it in pieces by --long-prompts").input_ids
+        ids = self.tokenizer(texts, length=length, remedy=remedy).input_ids
         return list(ids[:, None])
 
     def encode(self, ids: Int[np.ndarray, "N pieces L"], params: Params | None = None) -> Float[np.ndarray, "N S D"]:

@@ -1,7 +1,7 @@
 """The Stable Diffusion that the flags name: its networks, its parameters, its learned words, and what it would take."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ def prepare(
     settings: LatentModelSettings,
     pictures: PictureSettings,
     mesh: Mesh,
-    learn: Callable[[Params, CLIPTokenizer], Learned] = lambda params, tokenizer: {},
+    learn: Callable[[Params, CLIPTokenizer, Learned], Learned] = lambda params, tokenizer, learned: {},
 ) -> TextToImage:
     """Read the model and everything that belongs to it.
 
@@ -56,7 +56,7 @@ def prepare(
       settings: which model.
       pictures: how it draws.
       mesh: devices that share a batch.
-      learn: from parameters and tokenizer, learned words of files included, to more words.
+      learn: from parameters and tokenizer, both with the learned words of files, and those words, to more words.
 
     Raises:
       InputError: files are missing, damaged or another model's, or a setting does not fit the model.
@@ -84,9 +84,11 @@ def prepare(
     model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
     params = with_adapters(model, params, pipeline.tokenizer, adapters, settings.captions)
     model, params = with_value_adapters(model, params, pipeline.tokenizer, adapters)
-    more = learn(params, pipeline.tokenizer)
+    more = learn(params, pipeline.tokenizer, learned)
     model, params = add_words(model, params, pipeline.tokenizer, more)
-    learned |= more
+    learned = learned | more
+    for word, rows in learned.items():
+        print(f"{word}: a learned word of {len(rows)} vector{'s' if len(rows) > 1 else ''}")
     print(pipeline.attention)
     return TextToImage(
         model,
@@ -112,6 +114,17 @@ def read_all_learned(settings: LatentModelSettings) -> Learned:
     for path in settings.embeddings:
         learned = add_learned(learned, read_learned(path), f"--embeddings {path}")
     return learned
+
+
+def check_said(settings: LatentModelSettings, texts: Sequence[str]) -> None:
+    """Raise InputError where a file of learned words holds none that is said in any of the texts."""
+    for path in settings.embeddings:
+        words = read_learned(path)
+        if not any(word in text for word in words for text in texts):
+            raise InputError(
+                f"--embeddings {path}: no prompt says {' or '.join(map(repr, words))}, which is what the file holds: "
+                "say it, or drop the file"
+            )
 
 
 def add_learned(learned: Learned, more: Learned, what: str) -> Learned:

@@ -27,7 +27,7 @@ from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import replicated, round_up
 from jaxdiff.models.autoencoder import LatentNormal
 from jaxdiff.recipes.custom_diffusion import Trained, split_trained, with_deltas
-from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf
+from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf, spell_out
 from jaxdiff.recipes.sampling import in_batches
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion, encode_texts
 from jaxdiff.recipes.training import LossFn
@@ -58,7 +58,12 @@ class InversionBatch(NamedTuple):
 
 
 def initial_rows(
-    params: Params, tokenizer: CLIPTokenizer, concepts: Sequence[Concept], vectors: int, mean: bool
+    params: Params,
+    tokenizer: CLIPTokenizer,
+    concepts: Sequence[Concept],
+    learned: Learned,
+    vectors: int,
+    mean: bool,
 ) -> Learned:
     """Return the rows that learning starts from: `vectors` times the embedding of each concept's initialiser.
 
@@ -66,6 +71,7 @@ def initial_rows(
       params: of the model.
       tokenizer: of the model.
       concepts: words to learn.
+      learned: words that the tokenizer knows from files, whose vectors an initialiser may be.
       vectors: rows of each word.
       mean: of an initialiser of several tokens, take the mean.
 
@@ -75,7 +81,7 @@ def initial_rows(
     table = np.asarray(get_leaf(params, TABLE), np.float32)
     rows, averaged = {}, False
     for concept in concepts:
-        ids = tokenizer([concept.initializer]).input_ids[0][1:-1]
+        ids = tokenizer([spell_out(concept.initializer, learned)]).input_ids[0][1:-1]
         if len(ids) > 1 and not mean:
             pieces = " + ".join(repr(tokenizer.name_of(int(number))) for number in ids)
             raise InputError(
