@@ -4,8 +4,6 @@ Exit codes: 0 done, 2 the input cannot be used, 3 another process of the run was
 to go on).
 """
 
-import ctypes
-import importlib.util
 import os
 import sys
 import traceback
@@ -19,6 +17,7 @@ import tyro
 
 from jaxdiff import processes
 from jaxdiff.errors import InputError, InterruptedRun, wants_memory
+from jaxdiff.freed_memory import keep_freed_memory
 from jaxdiff.io.cache import keep_compiled
 from jaxdiff.io.interruption import INTERRUPTED, obey_signals
 from jaxdiff.io.weight_files import forget_weights
@@ -166,20 +165,3 @@ def explain(error: Exception) -> str | None:
     if wants_memory(error):
         return f"out of memory, use a smaller batch size ({next(iter(str(error).splitlines()), type(error).__name__)})"
     return None
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep the memory that XLA's CPU programs free; call it before JAX makes its devices.
-
-    A program takes its scratch memory anew at every call. By default glibc gives it back to the system in between, and
-    a small train step spends a tenth of its time on the page faults that fetch it again. Other C libraries, and
-    processes that may compute on an accelerator, are left as they are.
-    """
-    if importlib.util.find_spec("jax_plugins") is not None:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        # malloc.h: M_ARENA_MAX (one heap for all threads), M_MMAP_MAX (no mapping of its own for a large block),
-        # M_TRIM_THRESHOLD (bytes free at the heap's end before it shrinks).
-        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
-            mallopt(option, value)

@@ -22,7 +22,7 @@ import benchmark_inversion
 import benchmark_sd
 import tyro
 
-from jaxdiff.command import keep_freed_memory
+from jaxdiff.freed_memory import keep_freed_memory
 
 BENCHMARKS = {
     "digits": benchmark_digits.Digits,

@@ -167,7 +167,7 @@ def make_inputs() -> tuple[Any, int, Any]:
 
 def print_peak(side: str, folder: str, threads: int) -> None:
     """Load the UNet, evaluate it twice, print the most gigabytes that this process held."""
-    from jaxdiff.command import keep_freed_memory
+    from jaxdiff.freed_memory import keep_freed_memory
 
     x_t, t, context = make_inputs()
     if side == "jaxdiff":

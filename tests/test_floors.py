@@ -18,6 +18,7 @@ FLOOR_0 = {
     "processes",
     "device_settings",
     "settings",
+    "freed_memory",
     "ddim_settings",
     "text2image_settings",
     "textual_inversion_settings",
@@ -61,6 +62,13 @@ def test_importing_jaxdiff_imports_no_jax():
     heavy = "[m for m in ('jax', 'torch', 'transformers', 'diffusers') if m in sys.modules]"
     code = f"import sys, jaxdiff, jaxdiff.settings, jaxdiff.command; assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_that_is_imported_brings_torch():
+    code = (
+        "import sys, jaxdiff; [getattr(jaxdiff, name) for name in jaxdiff.__all__]; import jaxdiff.recipes.tiny_world"
+    )
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
 
 
 def test_public_names_are_where_they_are_said_to_be():

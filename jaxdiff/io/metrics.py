@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from jaxdiff.processes import is_leader
 
 METRICS = "metrics.jsonl"
@@ -25,6 +23,8 @@ class MetricsLog:
         self._writes = is_leader()
         if not self._writes:
             return
+        from tensorboardX import SummaryWriter  # here, because it imports torch where there is one
+
         path = folder / METRICS
         kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
         partial = path.with_suffix(".partial")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxdiff.freed_memory import return_memory_after_compiling
 from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.pretrained_files import CONFIG, TRANSFORMERS, FileNames, read_config, read_leaves, write_leaves
 from jaxdiff.io.runs import write_json
@@ -142,6 +143,7 @@ class FlaxPreTrainedModel:
         Raises:
           InputError: files are missing, damaged or another model's, or hold numbers that are too large for `dtype`.
         """
+        return_memory_after_compiling()
         wanted = self.params_shape_tree
         leaves = read_leaves(name, fetch, wanted, self.ignored, self.prefix, from_pt, self.files, variant, dtype)
         # One after another, so that no second copy of the model lies in memory; jnp.asarray would compile a program for
