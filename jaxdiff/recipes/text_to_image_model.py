@@ -84,11 +84,11 @@ def prepare(
     model, params = add_words(pipeline.model, params, pipeline.tokenizer, learned)
     params = with_adapters(model, params, pipeline.tokenizer, adapters, settings.captions)
     model, params = with_value_adapters(model, params, pipeline.tokenizer, adapters)
+    for word, rows in learned.items():
+        print(f"{word}: a learned word of {len(rows)} vector{'s' if len(rows) > 1 else ''}")
     more = learn(params, pipeline.tokenizer, learned)
     model, params = add_words(model, params, pipeline.tokenizer, more)
     learned = learned | more
-    for word, rows in learned.items():
-        print(f"{word}: a learned word of {len(rows)} vector{'s' if len(rows) > 1 else ''}")
     print(pipeline.attention)
     return TextToImage(
         model,
