@@ -100,7 +100,7 @@ def parse(command: str, config_class: type[ConfigType], args: Sequence[str]) -> 
     """Return the config that the flags describe; tyro itself answers --help and flags that it cannot read.
 
     Raises:
-      InputError: the config refuses a value, a value is empty, or a flag of one value is given twice.
+      InputError: the config refuses a value, or a value is empty.
     """
     for before, arg in pairwise([command, *args]):
         # Else --out "$RUN" with RUN unset would mean the current folder.
@@ -134,28 +134,26 @@ def list_flags(config_class: type) -> set[str]:
 
 
 def join_repeated(args: Sequence[str], lists: Collection[str]) -> list[str]:
-    """Return the arguments with all values of a flag of `lists` after its first mention, where tyro takes the last.
+    """Return the arguments with all values of a flag of `lists` after its first mention, of which tyro takes the last.
 
-    Raises:
-      InputError: another flag is given twice.
+    Of other flags the last counts, as it does in most commands, so that a script may add to what it is given.
     """
-    parts: dict[str, list[str]] = {"": []}
-    part = parts[""]
+    parts: list[list[str]] = [[]]
+    first: dict[str, list[str]] = {}
+    part = parts[0]
     for arg in args:
-        if not arg.startswith("--"):
-            part.append(arg)
-            continue
         name, *value = arg.split("=", 1)
         flag = as_flag(name[2:])
-        if flag not in parts:
-            part = parts[flag] = [arg]
-            continue
-        if flag not in lists:
-            raise InputError(f"{flag} is given twice: once is enough")
-        part = parts[flag]
-        part[:1] = part[0].split("=", 1)
-        part += value
-    return [arg for part in parts.values() for arg in part]
+        if not arg.startswith("--"):
+            part.append(arg)
+        elif flag in lists and flag in first:
+            part = first[flag]
+            part[:1] = part[0].split("=", 1)
+            part += value
+        else:
+            part = first[flag] = [arg]
+            parts.append(part)
+    return [arg for part in parts for arg in part]
 
 
 def explain(error: Exception) -> str | None:

@@ -18,8 +18,8 @@ import pytest
 from commands import finish, run_here, start
 from PIL import Image
 
-from jaxdiff import __main__, sample_cfg, train_cfg
-from jaxdiff.command import run_command
+from jaxdiff import __main__, ddim_grid, sample_cfg, text2image, textual_inversion, train_cfg
+from jaxdiff.command import parse, run_command
 from jaxdiff.errors import InputError
 from jaxdiff.recipes.memory import explain_want_of_memory
 
@@ -73,7 +73,6 @@ def fields_of(config):
         ),
         (["--joint-dropout=0"], "needs images without class and domain in training: raise --joint-dropout above 0"),
         (["--zero-terminal-snr", "--prediction-type=eps"], "use --prediction-type v or x_0"),
-        (["--seed=1", "--seed", "2"], "--seed is given twice: once is enough"),
         (["--weight-decay=inf"], "--weight-decay must be a finite number of at least 0, got inf"),
         (["--learning-rate=nan"], "--learning-rate must be positive and finite, got nan"),
         (["--ema-decay=1"], "--ema-decay must lie in [0, 1), got 1.0"),
@@ -91,6 +90,18 @@ def test_a_flag_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, flags
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     refused(train(*flags), sentence)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_flag_of_many_values_takes_those_of_all_its_mentions_and_another_the_last():
+    flags = ["--prompt=a", "--seed", "1", "--prompt", "b", "c", "--num_steps=5", "--seed=2", "--prompt=d"]
+    config = parse("jaxdiff text2image", text2image.Config, flags)
+    assert config.prompt == ("a", "b", "c", "d")
+    assert (config.pictures.seed, config.pictures.num_steps) == (2, 5)
+    inversion = ["--concept", "<a>:x:y", "--sample_prompts=e", "--concept=<b>:x:y", "--sample-prompts", "f"]
+    learned = parse("jaxdiff textual_inversion", textual_inversion.Config, inversion)
+    assert learned.concept == ("<a>:x:y", "<b>:x:y")
+    assert learned.training.sample_prompts == ("e", "f")
+    assert parse("jaxdiff ddim_grid", ddim_grid.Config, ["--etas", "0", "--etas", "1"]).modes.etas == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
