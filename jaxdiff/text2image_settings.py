@@ -17,7 +17,7 @@ class LatentModelSettings:
 
     model: str = "tiny"
     """Folder or Hugging Face name of a diffusers pipeline; `tiny` has random weights and draws noise, in seconds;
-    `tiny-world` draws the embedded digits, and is trained first, some minutes, once."""
+    `tiny-world` draws the embedded digits, and is trained first, half an hour or more, once."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     embeddings: tuple[Path, ...] = ()
@@ -73,7 +73,8 @@ class PictureSettings:
     num_steps: int = 50
     """Sampling steps."""
     guidance_scale: float = 7.5
-    """Classifier-free guidance g = 1 + w of arXiv 2207.12598: 1 follows the text, more follows it strongly."""
+    """Classifier-free guidance g = 1 + w of arXiv 2207.12598: 0 leaves the text out, 1 follows it, more follows it
+    strongly. What diffusers draws without guidance, at 0 too, is 1 here."""
     sampler: SamplerName | None = None
     """Reverse process; None means the model's own, PNDM for Stable Diffusion 1."""
     spacing: Spacing | None = None

@@ -103,9 +103,12 @@ def test_learned_words_of_a_file_reach_the_picture(tmp_path):
 
 
 def test_a_picture_depends_on_seed_prompt_and_number_alone(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a photo of a cat\n\na digit\n")
+    # With the mark and the line ends of Windows, and a sign that ends no line.
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa photo of a cat\r\n\r\na digit\u2028or two\r\n".encode())
     file = f"--prompts={tmp_path / 'prompts.txt'}"
     assert draw(*SMALL, file, "--num-images=3", "--batch-size=2", "--devices=1", f"--out={tmp_path / 'a'}").code == 0
+    assert len(list((tmp_path / "a").glob("00?_00?.png"))) == 6
+    assert json.loads(read_png_texts(tmp_path / "a" / "000_000.png")["jaxdiff"])["prompt"] == "a photo of a cat"
     other = ("--prompt", "a photo of a cat", "--num-images=2", "--batch-size=8", "--devices=8")
     assert draw(*SMALL, *other, f"--out={tmp_path / 'b'}").code == 0
     for number in range(2):
@@ -253,6 +256,7 @@ def edit(path, **changes):
         (("--prompt=a</w>", "--embeddings=known.safetensors"), "a</w> stands for something already"),
         (("--prompt=<w>", "--embeddings", "wide.safetensors", "again.safetensors"), "<w> is in another"),
         (("--prompt=w", "--embeddings=wide.safetensors"), "no prompt says '<w>', which is what the file holds"),
+        (("--prompt=a", "--num-steps=1000", "--sampler=unipc"), "must lie in 1..999 with unipc"),
         (("--prompt=" + "photo " * 80,), "'photo photo photo photo photo ' would be lost"),
         (("--prompt=a", "--adjust=<w>"), '--adjust must be WORD:CLASS, such as "<new1>:dog"'),
         (("--prompt=a", "--adjust", "<w>:a", "<w>:b"), "--adjust: one word is given twice"),

@@ -224,10 +224,30 @@ def test_a_script_of_old_runs_as_it_is(loaded):
     assert np.abs(images[2] - images[3]).max() > 0.01
 
 
+def test_the_size_that_old_files_say_wrongly_is_that_of_diffusers(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    path = copy / "unet" / "config.json"
+    for version, size in (("0.6.0", 32), ("0.8.1", 96), ("0.9.0", 32), ("0.10.2", 32)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": version, "sample_size": size}))
+        theirs = StableDiffusionPipeline.from_pretrained(copy)
+        pipeline, _ = FlaxStableDiffusionPipeline.from_pretrained(copy)
+        assert pipeline.model.default_size == theirs.unet.config.sample_size * theirs.vae_scale_factor
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_saved_files_give_the_same_parameters(folder, loaded, tmp_path, safe):
-    pipeline, params = loaded
+    _, params = loaded
+    # A folder of diffusers' own Flax training scripts names Flax' scheduler.
+    copy = shutil.copytree(folder, tmp_path / "model")
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"PNDMScheduler"', '"FlaxPNDMScheduler"'))
+    pipeline, _ = FlaxStableDiffusionPipeline.from_pretrained(copy)
+    assert pipeline.model == loaded[0].model
+    tmp_path = tmp_path / "saved"
     pipeline.save_pretrained(tmp_path, params, safe_serialization=safe)
+    kind = "PNDMScheduler" if safe else "FlaxPNDMScheduler"
+    assert json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == kind
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", kind]
     _, again = FlaxStableDiffusionPipeline.from_pretrained(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, again)
     if safe:

@@ -110,7 +110,8 @@ def read_prompts(path: Path, flag: str = "--prompts") -> list[str]:
       InputError: it cannot be read, or holds none.
     """
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        # With or without Windows' mark of UTF-8; other separators than line ends are part of a prompt.
+        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{flag} {path}: cannot be read ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -1,5 +1,6 @@
 """The config.json of diffusers' UNet2DConditionModel in jaxdiff's words, and back."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,6 +90,7 @@ def translate_latent_unet(origin: str, values: Mapping[str, Any]) -> Conditional
       InputError: another class, or a key or value that jaxdiff does not have.
     """
     given = dict(values)
+    version = str(given.get("_diffusers_version", ""))
     check_class(origin, given, ("UNet2DConditionModel", "FlaxUNet2DConditionModel"))
     fields = with_defaults(origin, given, LATENT_UNET, LATENT_UNET_FIXED)
     levels = fields["block_out_channels"]
@@ -103,7 +105,9 @@ def translate_latent_unet(origin: str, values: Mapping[str, Any]) -> Conditional
         fields["upcast_attention"] = False
     size = fields["sample_size"]
     if size is not None:
-        rest["sample_size"] = size
+        # Fine-tunes of Stable Diffusion 1 from before diffusers 0.9 may say 32, but diffusers draws them at 64.
+        old = re.match(r"0\.[0-8](\.|$)", version) and isinstance(size, int)
+        rest["sample_size"] = max(size, 64) if old else size
     return decode_config(origin, ConditionalUNetConfig, {name: fields[name] for name in IN_BOTH_UNETS} | rest)
 
 

@@ -3,6 +3,7 @@
 A key that only another of the known classes has is left aside, as in diffusers.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "predict_x0": (True,),
     "disable_corrector": ([],),
     "solver_p": (None,),
-    # Keys that choose between ways of one sampler: the choice is the user's when sampling.
+    # The choice is the user's when sampling.
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
     "skip_prk_steps": (False, True),
     "tensor_format": ("pt", "np"),
@@ -80,8 +81,13 @@ def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults, S
       InputError: another class, or a key or value that jaxdiff does not have.
     """
     given = read_strict_json(path)
+    if isinstance(given.get("_class_name"), str):
+        # The Flax classes, whose files begin so, differ in nothing that is written here.
+        given["_class_name"] = given["_class_name"].removeprefix("Flax")
     kind = check_class(path, given, SCHEDULERS)
     sampler, defaults = SCHEDULERS[kind]
+    if kind == "PNDMScheduler" and not given.get("skip_prk_steps", False):
+        _say_no_runge_kutta(path)
     for name, values in FIXED.items():
         if name in given and not any(given[name] == value for value in values):
             raise InputError(f"{path}: {name} is {given[name]!r}; jaxdiff only has {', '.join(map(repr, values))}")
@@ -108,6 +114,7 @@ def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults, S
         "zero_terminal_snr": fields["rescale_betas_zero_snr"],
     }
     spacing = look_up(path, "timestep_spacing", fields, SPACINGS)
+    sampler = look_up(path, "algorithm_type", fields, kinds)
     try:
         ends_clean, karras = (decode(bool, fields[name], name) for name in ("set_alpha_to_one", "use_karras_sigmas"))
         sampling = {
@@ -116,10 +123,11 @@ def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults, S
             "final": -1 if ends_clean else 0,
             "clip": fields["clip_sample"],
         }
-        return (
-            decode(ForwardProcess, diffusion),
-            decode(SamplingDefaults, sampling),
-            look_up(path, "algorithm_type", fields, kinds),
-        )
+        return decode(ForwardProcess, diffusion), decode(SamplingDefaults, sampling), sampler
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+@functools.cache
+def _say_no_runge_kutta(path: Path) -> None:
+    print(f"{path}: skip_prk_steps is false, but jaxdiff's PNDM has no Runge-Kutta steps: it begins as if it were true")

@@ -158,8 +158,12 @@ class FlaxStableDiffusionPipeline:
             for file, path in files.items():
                 if path.resolve() != (folder / part / file).resolve():
                     shutil.copyfile(path, folder / part / file)
-        scheduler = read_strict_json(folder / "scheduler" / SCHEDULER)["_class_name"]
-        write_json(folder / INDEX, describe_pipeline(scheduler, "" if safe_serialization else "Flax"))
+        scheduler = read_strict_json(folder / "scheduler" / SCHEDULER)
+        if safe_serialization:
+            scheduler["_class_name"] = scheduler["_class_name"].removeprefix("Flax")
+            write_json(folder / "scheduler" / SCHEDULER, scheduler)
+        index = describe_pipeline(scheduler["_class_name"], "" if safe_serialization else "Flax")
+        write_json(folder / INDEX, index)
 
     def prepare_inputs(self, prompt: str | Sequence[str]) -> np.ndarray:
         """Return the token ids of prompts, those that are too long cut, as diffusers does."""

@@ -138,6 +138,9 @@ def make_process(
     left_out = 1 if name in ("dpm++2m", "dpm++2m-sde", "unipc") and chosen in ("leading", "linspace") else 0
     # Only DDIM and PNDM ever end at t = 0 instead of clean data.
     final = defaults.final if name in ("ddim", "pndm") else -1
+    if left_out and num_steps + left_out > schedule.num_train_timesteps:
+        most = schedule.num_train_timesteps - left_out
+        raise InputError(f"--num-steps {num_steps}, {chosen} spacing: must lie in 1..{most} with {name}")
     try:
         timesteps = timestep_spacing(chosen, num_steps + left_out, schedule, offset, whole=not of_levels)[:num_steps]
         if spacing == "leading":

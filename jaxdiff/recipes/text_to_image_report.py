@@ -44,8 +44,9 @@ def write_outputs(
     """
     each = len(jobs) // len(prompts)
     shown = min(each, GRID_COLUMNS)
+    most = drawing.size[0] * drawing.size[1]  # may be more than what is read of others' pictures
     rows = [
-        np.stack([shrink(read_image(out / job.file)) for job in jobs[number * each : number * each + shown]])
+        np.stack([shrink(read_image(out / job.file, most)) for job in jobs[number * each : number * each + shown]])
         for number in range(min(len(prompts), PROMPTS_ON_A_PAGE))
     ]
     write_overview(out / "grid.png", make_grid(rows[:GRID_ROWS], prompts))
