@@ -125,7 +125,7 @@ def run(config: Config) -> list[Path]:
         train_steps=config.steps, batch_size=BATCH, save_every=config.save_every, log_every=1
     )
     train_step = make_train_step(loss_fn, optimizer, mesh, 0.9)
-    TrainingLoop(train_step, batch_at, settings, mesh, checkpoints, log, lambda _: 0.01, None, None, None).run(state)
+    TrainingLoop(train_step, batch_at, settings, mesh, checkpoints, log, lambda _: 0.01, None, None).run(state)
     checkpoints.close()
     return [config.out]
 

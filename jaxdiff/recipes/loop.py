@@ -35,7 +35,8 @@ class TrainingLoop:
       learning_rate: step -> rate, for the log.
       validate: EMA parameters -> figures on fixed images, "validation_loss" among them, or None.
       sample: (step, EMA parameters) -> whether to end here, draws pictures along the way; or None.
-      sampled: step -> whether `sample` was done there, the same in all processes: not where a run was stopped in it.
+      sampled: step -> whether `sample` was done there, the same in all processes: not where a run was stopped in it;
+        None means that nobody asks.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -47,7 +48,7 @@ class TrainingLoop:
     learning_rate: Callable[[int], Any]
     validate: Callable[[Any], Mapping[str, jax.Array]] | None
     sample: Callable[[int, Any], bool | None] | None
-    sampled: Callable[[int], bool] | None
+    sampled: Callable[[int], bool] | None = None
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step, or until `sample` says that it is enough; return the final state, saved.
