@@ -164,10 +164,11 @@ def test_learned_words_are_read_as_diffusers_reads_them(folder, tmp_path, layout
                 save_file({"emb_params": rows}, files[-1])
             else:
                 files.append(tmp_path / f"{word}.pt")
-                found = {"*": rows}
+                saved = {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": word}
                 if layout == "the paper's code":
                     found = torch.nn.ParameterDict({"*": torch.nn.Parameter(rows)})
-                torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": found}, files[-1])
+                    saved = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": found}
+                torch.save(saved, files[-1])
     theirs = StableDiffusionPipeline.from_pretrained(folder)
     for word, rows in words.items():
         theirs.load_textual_inversion({word: rows})
@@ -255,6 +256,8 @@ def edit(path, **changes):
         (("--prompt=<w>", "--embeddings=wide.safetensors"), "<w>: its vectors have 5 numbers, but this model's tokens"),
         (("--prompt=a</w>", "--embeddings=known.safetensors"), "a</w> stands for something already"),
         (("--prompt=<w>", "--embeddings", "wide.safetensors", "again.safetensors"), "<w> is in another"),
+        (("--prompt=a", "--embeddings=complex.bin"), "--embeddings complex.bin: <w> has complex numbers"),
+        (("--prompt=a", "--embeddings=unnamed.bin"), "--embeddings unnamed.bin: the name '' is no word"),
         (("--prompt=w", "--embeddings=wide.safetensors"), "no prompt says '<w>', which is what the file holds"),
         (("--prompt=a", "--num-steps=1000", "--sampler=unipc"), "must lie in 1..999 with unipc"),
         (("--prompt=" + "photo " * 80,), "'photo photo photo photo photo ' would be lost"),
@@ -272,6 +275,8 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path, monkeypatch, flags, sent
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
     save_file({"<w>": torch.zeros(5)}, tmp_path / "wide.safetensors")
+    torch.save({"<w>": torch.zeros(64, dtype=torch.complex64)}, tmp_path / "complex.bin")
+    torch.save({"": torch.zeros(64)}, tmp_path / "unnamed.bin")
     save_file({"<w>": torch.zeros(5)}, tmp_path / "again.safetensors")
     save_file({"a</w>": torch.zeros(64)}, tmp_path / "known.safetensors")
     answer = draw(*flags)
