@@ -216,19 +216,17 @@ def on_accelerator(config: Inversion) -> dict[str, Any]:
     from jaxdiff.models.clip import CLIPText
     from jaxdiff.models.clip_config import CLIPTextConfig
     from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
+    from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
     from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf
-    from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
     from jaxdiff.recipes.stable_diffusion import StableDiffusion, choose_attention
     from jaxdiff.recipes.textual_inversion import InversionBatch
+    from jaxdiff.recipes.tiny_stable_diffusion import SCHEDULER
 
     half = jnp.bfloat16
     text = CLIPTextConfig(vocab_size=49409, hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     unet, encoder = ConditionalUNet(ConditionalUNetConfig(), half), CLIPText(text, dtype=half)
-    diffusion = ForwardProcess("scaled_linear", 1000, 0.00085, 0.012)
-    model, chosen = choose_attention(
-        StableDiffusion(encoder, unet, Autoencoder(AutoencoderConfig(), half), diffusion,
-                        SamplingDefaults("leading", 1, 0, False), "ddim")
-    )  # fmt: skip
+    scheduler = translate_scheduler("the scheduler", SCHEDULER)
+    model, chosen = choose_attention(StableDiffusion(encoder, unet, Autoencoder(AutoencoderConfig(), half), *scheduler))
     print(chosen)
     key, ids = jax.random.key(0), jnp.zeros((1, 77), jnp.int32)
     shapes = {

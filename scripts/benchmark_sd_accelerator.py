@@ -75,7 +75,7 @@ def ours(batches: tuple[int, ...]):
     from jaxdiff.models.clip import CLIPText
     from jaxdiff.models.clip_config import CLIPTextConfig
     from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
-    from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
+    from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
     from jaxdiff.recipes.stable_diffusion import (
         StableDiffusion,
         choose_attention,
@@ -83,15 +83,13 @@ def ours(batches: tuple[int, ...]):
         make_latent_sampler,
         make_process,
     )
+    from jaxdiff.recipes.tiny_stable_diffusion import SCHEDULER
 
     half = jnp.bfloat16
     unet, vae = ConditionalUNet(ConditionalUNetConfig(), half), Autoencoder(AutoencoderConfig(), half)
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    diffusion = ForwardProcess("scaled_linear", 1000, 0.00085, 0.012)
-    defaults = SamplingDefaults("leading", 1, 0, False)
-    model, chosen = choose_attention(
-        StableDiffusion(CLIPText(text, dtype=half), unet, vae, diffusion, defaults, "ddim")
-    )
+    scheduler = translate_scheduler("the scheduler", SCHEDULER)
+    model, chosen = choose_attention(StableDiffusion(CLIPText(text, dtype=half), unet, vae, *scheduler))
     print(chosen)
     shapes = {
         "unet": jax.eval_shape(
@@ -104,7 +102,7 @@ def ours(batches: tuple[int, ...]):
         lambda: jax.tree.map(lambda leaf: 0.02 * jax.random.normal(jax.random.key(0), leaf.shape, half), shapes)
     )
     params = {part: tree["params"] for part, tree in draw().items()}
-    sampler = make_latent_sampler(model, make_process(model, None, STEPS), SCALE, make_mesh(1))
+    sampler = make_latent_sampler(model, make_process(model, "ddim", STEPS), SCALE, make_mesh(1))
     decode = jax.jit(lambda params, latents: decode_latents(model, params, latents))
     nothing = jnp.zeros((1, 77, 768), half)
     for batch in batches:

@@ -14,8 +14,14 @@ HOSTILE = {"hostile": 0.05}
 ROWS = {"killed": 1, "damaged": 3, "disk": 1, "stopped": 1, "not_finite": 1, "two_runs": 1, "hostile": 5}
 """Rows of the table that each gives."""
 
+MINUTES = {"killed", "not_finite"}
+"""Quicker, test_processes.py kills a process, and test_recipes_training.py has losses that are not finite."""
 
-@pytest.mark.parametrize(("fault", "share"), [*SHARE.items(), *HOSTILE.items()])
+
+@pytest.mark.parametrize(
+    ("fault", "share"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[0] in MINUTES else ()) for row in (SHARE | HOSTILE).items()],
+)
 def test_promises_hold(tmp_path, fault, share):
     command = [sys.executable, ROOT / "scripts" / "chaos.py", f"--out={tmp_path}", "--only", fault, f"--share={share}"]
     # One device, as the commands have by default, not the eight of the test run.

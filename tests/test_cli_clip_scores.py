@@ -68,6 +68,7 @@ def world(tmp_path_factory):
     return folder, twin
 
 
+@pytest.mark.slow
 def test_eight_devices_and_two_processes_give_the_scores_of_one(world, tmp_path):
     folder, _ = world
     flags = (f"--task={folder / 'input.json'}", f"--generated={folder / 'generated'}", f"--count={COUNT}",

@@ -157,18 +157,6 @@ def test_noise_i_is_a_function_of_seed_and_i(course, tmp_path):
     assert (tmp_path / "4" / "00.png").read_bytes() != (tmp_path / "3" / "00.png").read_bytes()
 
 
-def test_a_run_of_digits(finished_run, tmp_path):
-    run, _ = finished_run
-    same = ["--guidance-scale=2", "--num-noises=3"]
-    answer = draw(run, tmp_path / "out", *QUICK, "--domain=digits_street", *same)
-    assert answer.code == 0, answer.err
-    assert "digits_street, step 8 of run" in (tmp_path / "out" / "report.html").read_text()
-    assert sorted(path.name for path in (tmp_path / "out").glob("0*.png")) == ["00.png", "01.png", "02.png"]
-    other = ["--mode=images", "--devices=1", "--num-steps=3", "--domain=digits_m"]
-    assert draw(run, tmp_path / "other", *other, *same).code == 0
-    assert (tmp_path / "out" / "00.png").read_bytes() != (tmp_path / "other" / "00.png").read_bytes()
-
-
 @pytest.mark.slow
 def test_the_steps_mode_takes_the_steps_of_sample(course):
     # One program for all samplers, against the scan of each of them.
@@ -191,42 +179,6 @@ def test_a_reference_of_as_many_steps_as_compared(course, tmp_path):
     assert draw(course[1], tmp_path, *flags).code == 0
     assert results(tmp_path)["steps.rmse.ddim.4"] == 0
     assert results(tmp_path)["steps.rmse.ddim.2"] > 0
-
-
-def test_the_last_run_is_found(finished_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(run_here(ddim_grid.main), "no run of train_cfg in runs/")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mine").symlink_to(finished_run[0])
-    answer = run_here(ddim_grid.main, "--mode=images", "--num-steps=1", "--num-noises=1", "--out=out")
-    assert answer.code == 0, answer.err
-
-
-@pytest.mark.slow
-def test_eight_devices_draw_the_same(finished_run, tmp_path):
-    for devices in (1, 8):
-        flags = ["--step-counts", "1", "2", "--reference-steps=4", "--num-noises=3", "--mode=steps"]
-        answer = draw(finished_run[0], tmp_path / str(devices), f"--devices={devices}", *flags)
-        assert answer.code == 0, answer.err
-    for path in (tmp_path / "1" / "steps").iterdir():
-        assert np.abs(picture(path) - picture(tmp_path / "8" / "steps" / path.name)).max() <= 1
-
-
-@pytest.mark.slow
-def test_several_processes_draw_the_same(finished_run, course, tmp_path):
-    # A run, whose checkpoint is restored onto all devices, and weights that every process reads.
-    for name, weights in (("run", finished_run[0]), ("weights", course[1])):
-        alone, two = tmp_path / f"{name}_alone", tmp_path / f"{name}_two"
-        answer = draw(weights, alone, "--devices=2", *QUICK[1:], "--num-noises=3")
-        assert answer.code == 0, answer.err
-        flags = [f"--weights={weights}", f"--out={two}", *QUICK[1:], "--num-noises=3"]
-        answers = [finish(one) for one in start_several(["-m", "jaxdiff.ddim_grid"], 2, *flags)]
-        assert [answer.code for answer in answers] == [0, 0], answers
-        paths = {path.relative_to(two) for path in two.rglob("*")}
-        assert paths == {path.relative_to(alone) for path in alone.rglob("*")}
-        for path in paths:
-            if path.suffix == ".png" and not path.name.startswith("grid"):
-                assert np.abs(picture(two / path) - picture(alone / path)).max() <= 1
 
 
 # --- what it refuses
@@ -293,3 +245,54 @@ def test_beyond_the_two_noises_only_when_told(course, tmp_path):
     answer = draw(course[1], tmp_path / "out", *flags)
     assert answer.code == 0, answer.err
     assert (tmp_path / "out" / "interpolate" / "lerp_-0.5.png").exists()
+
+
+# --- a run of train_cfg, last here, because other files' tests need the same one
+
+
+def test_a_run_of_digits(finished_run, tmp_path):
+    run, _ = finished_run
+    same = ["--guidance-scale=2", "--num-noises=3"]
+    answer = draw(run, tmp_path / "out", *QUICK, "--domain=digits_street", *same)
+    assert answer.code == 0, answer.err
+    assert "digits_street, step 8 of run" in (tmp_path / "out" / "report.html").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").glob("0*.png")) == ["00.png", "01.png", "02.png"]
+    other = ["--mode=images", "--devices=1", "--num-steps=3", "--domain=digits_m"]
+    assert draw(run, tmp_path / "other", *other, *same).code == 0
+    assert (tmp_path / "out" / "00.png").read_bytes() != (tmp_path / "other" / "00.png").read_bytes()
+
+
+def test_the_last_run_is_found(finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(run_here(ddim_grid.main), "no run of train_cfg in runs/")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(finished_run[0])
+    answer = run_here(ddim_grid.main, "--mode=images", "--num-steps=1", "--num-noises=1", "--out=out")
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.slow
+def test_eight_devices_draw_the_same(finished_run, tmp_path):
+    for devices in (1, 8):
+        flags = ["--step-counts", "1", "2", "--reference-steps=4", "--num-noises=3", "--mode=steps"]
+        answer = draw(finished_run[0], tmp_path / str(devices), f"--devices={devices}", *flags)
+        assert answer.code == 0, answer.err
+    for path in (tmp_path / "1" / "steps").iterdir():
+        assert np.abs(picture(path) - picture(tmp_path / "8" / "steps" / path.name)).max() <= 1
+
+
+@pytest.mark.slow
+def test_several_processes_draw_the_same(finished_run, course, tmp_path):
+    # A run, whose checkpoint is restored onto all devices, and weights that every process reads.
+    for name, weights in (("run", finished_run[0]), ("weights", course[1])):
+        alone, two = tmp_path / f"{name}_alone", tmp_path / f"{name}_two"
+        answer = draw(weights, alone, "--devices=2", *QUICK[1:], "--num-noises=3")
+        assert answer.code == 0, answer.err
+        flags = [f"--weights={weights}", f"--out={two}", *QUICK[1:], "--num-noises=3"]
+        answers = [finish(one) for one in start_several(["-m", "jaxdiff.ddim_grid"], 2, *flags)]
+        assert [answer.code for answer in answers] == [0, 0], answers
+        paths = {path.relative_to(two) for path in two.rglob("*")}
+        assert paths == {path.relative_to(alone) for path in alone.rglob("*")}
+        for path in paths:
+            if path.suffix == ".png" and not path.name.startswith("grid"):
+                assert np.abs(picture(two / path) - picture(alone / path)).max() <= 1

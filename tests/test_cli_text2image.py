@@ -215,6 +215,7 @@ def assert_drawn_anew(answer):
     assert "there already" not in answer.out
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_how_long_the_other_prompts_are(folder):
     drawing = prepare(LatentModelSettings(str(folder)), PictureSettings(long_prompts=True, num_steps=2), make_mesh(1))
     prompts = ["a cat", "xxxxxxxxxx " * 11, "a dog"]

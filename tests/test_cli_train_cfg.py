@@ -192,7 +192,7 @@ def interrupt(args, folder, step):
     return finish(process)
 
 
-# Quicker, a run goes on after a damaged checkpoint below, and after signals in the tests of chaos.
+# Quicker, in the tests of chaos, a run goes on after signals and after damage to its checkpoints.
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(finished_run, tmp_path):
     folder = tmp_path / "run"
@@ -251,7 +251,8 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(truncate, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_result(finished_run, copied_run, damage):
     # The largest file is the one with the arrays.
     damage(max((copied_run / "checkpoints" / "8").rglob("*"), key=lambda path: path.stat().st_size))

@@ -149,6 +149,7 @@ def test_a_process_that_fails_alone_ends_the_others_with_its_reason(tmp_path, al
     end_of(folder, alone)
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_devices_and_processes_with_the_same_values_and_rows(tmp_path, alone):
     folder = tmp_path / "run"
     stops = {2: "--devices=1", 4: "--mesh=data=1,fsdp=2", 6: "--mesh=data=4,fsdp=2"}
@@ -190,6 +191,7 @@ def test_a_process_whose_others_never_come_says_so(tmp_path, index):
     assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.slow
 def test_a_request_in_the_very_last_step_is_obeyed_by_all(tmp_path):
     answers = [finish(job) for job in start_job(tmp_path / "run", 2, "--stop-at-end")]
     assert [answer.code for answer in answers] == [130, 130], answers

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 from jaxdiff import sample_cfg, train_cfg, zeroshot
 from jaxdiff.settings import as_flag
@@ -11,6 +12,7 @@ from jaxdiff.settings import as_flag
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("quick_commands")
 def test_the_python_example_samples_pictures():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}

@@ -57,6 +57,7 @@ def random_deltas(params, seed: int, scale: float = 0.05) -> dict[str, np.ndarra
     return {name: np.float32(scale * rng.standard_normal(zero.shape)) for name, zero in zero_deltas(params).items()}
 
 
+@pytest.mark.slow
 def test_ten_steps_of_keys_values_and_rows_are_those_of_torch_and_nothing_else_moves(world):  # noqa: F811
     theirs, model, params, rows, batch_at, *_ = world
     before = jax.tree.map(np.array, params)

@@ -16,6 +16,7 @@ from jaxdiff.recipes.conditional import Condition
 from jaxdiff.recipes.objective import drop_conditions, make_diffusion_loss
 from jaxdiff.settings import DiffusionSettings, TrainingSettings
 
+pytestmark = pytest.mark.usefixtures("quick_commands")
 NULL = (len(CLASSES), len(DOMAINS))
 NO_DROPOUT = TrainingSettings(class_dropout=0.0, domain_dropout=0.0, joint_dropout=0.0)
 N = 20_000

@@ -30,7 +30,7 @@ from jaxdiff import FlaxStableDiffusionPipeline, FlaxUNet2DConditionModel
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import read_safetensors, write_safetensors
 from jaxdiff.mesh import make_mesh
-from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import read_scheduler
 from jaxdiff.recipes.stable_diffusion import encode_texts, make_latent_sampler, make_process
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -88,23 +88,56 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if {"linspace", "trailing"} & set(name.split()) else ())
-        for name in SCHEDULERS
-    ],
+    "name", [pytest.param(name, marks=() if name[:4] in ("pndm", "ddim") else pytest.mark.slow) for name in SCHEDULERS]
 )
 def test_latents_are_those_of_diffusers(folder, loaded, encoded, tmp_path, name):
-    theirs = StableDiffusionPipeline.from_pretrained(folder, scheduler=SCHEDULERS[name])
+    assert_same_latents(folder, loaded, encoded, tmp_path, SCHEDULERS[name])
+
+
+PUBLISHED = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.2.2",
+    **BETAS,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+"""What the scheduler_config.json of Stable Diffusion 1.4 says, which names no spacing."""
+OTHERS = {
+    "ddim": (DDIMScheduler, {}, None),
+    "euler": (EulerDiscreteScheduler, {}, None),
+    "heun": (HeunDiscreteScheduler, {}, None),
+    "dpm++2m": (DPMSolverMultistepScheduler, {}, None),
+    "unipc": (UniPCMultistepScheduler, {}, None),
+    "euler, karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}, "karras"),
+    "heun, trailing": (HeunDiscreteScheduler, {"timestep_spacing": "trailing"}, "trailing"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_sampler_is_that_of_from_config(folder, loaded, encoded, tmp_path, name):
+    kind, options, spacing = OTHERS[name]
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(PUBLISHED))
+    scheduler = kind.from_config(PNDMScheduler.from_pretrained(tmp_path).config, **options)
+    assert_same_latents(folder, loaded, encoded, tmp_path, scheduler, name.split(",")[0], spacing)
+
+
+def assert_same_latents(folder, loaded, encoded, place, scheduler, sampler=None, spacing=None):
+    """Compare one's latents with those of diffusers; without a sampler, save the scheduler and read it."""
+    theirs = StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler)
     theirs.set_progress_bar_config(disable=True)
-    SCHEDULERS[name].save_pretrained(tmp_path)
+    if not sampler:
+        scheduler.save_pretrained(place)
     expected = theirs(
         PROMPTS, num_inference_steps=10, guidance_scale=7.5, latents=torch.from_numpy(noise()), output_type="latent"
     ).images.numpy()
-    diffusion, defaults, sampler = translate_scheduler(tmp_path / "scheduler_config.json")
+    diffusion, defaults, own = read_scheduler(place / "scheduler_config.json")
     pipeline, params = loaded
-    model = replace(pipeline.model, diffusion=diffusion, defaults=defaults, sampler=sampler)
-    sample = make_latent_sampler(model, make_process(model, None, 10), 7.5, make_mesh(1))
+    model = replace(pipeline.model, diffusion=diffusion, defaults=defaults, sampler=own)
+    sample = make_latent_sampler(model, make_process(model, sampler, 10, spacing), 7.5, make_mesh(1))
     x_T = jnp.transpose(noise(), (0, 2, 3, 1))
     sampled = sample(params["unet"], x_T, jax.random.split(jax.random.key(0), 2), *encoded)
     assert float(expected.std()) > 1
@@ -461,7 +494,7 @@ def test_every_sampler_walks_every_spacing_down_to_the_end(loaded):
         for spacing in ("leading", "trailing", "linspace"):
             walk = make_process(model, sampler, 10, spacing).timesteps
             assert (np.diff(walk) < 0).all()
-            assert walk[-1] == model.defaults.final
+            assert walk[-1] == model.defaults[sampler].final
     assert (np.diff(make_process(model, "ddim", 10, "karras").timesteps) < 0).all()
     with pytest.raises(InputError, match="PNDM takes equal steps only"):
         make_process(model, "pndm", 10, "karras")

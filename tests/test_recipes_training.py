@@ -31,6 +31,8 @@ from jaxdiff.recipes.objective import make_diffusion_loss
 from jaxdiff.recipes.training import create_state, fit, make_optimizer, make_train_step
 from jaxdiff.settings import DiffusionSettings, TrainingSettings
 
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
 
 class ToyBatch(NamedTuple):
     x: np.ndarray

@@ -80,6 +80,7 @@ def learning(world):  # noqa: F811
     return model, params, start, loss_fn, batch_at, twin, matrices
 
 
+@pytest.mark.slow
 def test_ten_steps_are_those_of_torch_and_nothing_else_moves(learning):
     _, params, start, loss_fn, batch_at, twin, matrices = learning
     before = jax.tree.map(np.array, params)

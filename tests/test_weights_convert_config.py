@@ -20,7 +20,7 @@ from diffusers import (
 )
 
 from jaxdiff.errors import InputError
-from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import read_scheduler
 from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults, unet_shapes
 from weights_convert.diffusers_config import translate_unet
 
@@ -75,11 +75,11 @@ from weights_convert.diffusers_config import translate_unet
 def test_schedulers_in_our_words(tmp_path, scheduler, diffusion, sampling, sampler):
     scheduler.save_pretrained(tmp_path)
     path = tmp_path / "scheduler_config.json"
-    assert translate_scheduler(path) == (diffusion, sampling, sampler)
-    found = diffusion
+    found, defaults, own = read_scheduler(path)
+    assert (found, defaults[own], own) == (diffusion, sampling, sampler)
     # What another class has is left over in many published files.
     change_json(path, {"clip_sample": False, "skip_prk_steps": True} | json.loads(path.read_text()))
-    assert translate_scheduler(path)[0] == diffusion
+    assert read_scheduler(path)[0] == diffusion
     np.testing.assert_allclose(found.make_schedule().alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7)
 
 
@@ -119,7 +119,7 @@ def test_scheduler_configs_that_are_refused(tmp_path, changes, sentence):
     path = tmp_path / "scheduler_config.json"
     change_json(path, changes)
     with pytest.raises(InputError, match=re.escape(sentence)) as caught:
-        translate_scheduler(path)
+        read_scheduler(path)
     assert str(caught.value).startswith(f"{path}: ")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxdiff.errors import InputError
 from jaxdiff.io.weights import flatten_params, spec_of, unflatten_params
 from jaxdiff.models.unet import PRETRAINED, UNetConfig
-from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import read_scheduler
 from jaxdiff.recipes.pretrained_unet import (
     CONFIG,
     FORMAT,
@@ -70,8 +70,11 @@ def convert_folder(name: str, folder: Path) -> tuple[dict[str, Any], PretrainedC
     unet, image_size = translate_unet(model / "config.json")
     schedulers = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
     found = [path for path in schedulers if path.is_file()]
-    diffusion, sampling, _ = translate_scheduler(found[0]) if found else (ForwardProcess(), SamplingDefaults(), None)
-    if not found:
+    diffusion, sampling = ForwardProcess(), SamplingDefaults()
+    if found:
+        diffusion, defaults, sampler = read_scheduler(found[0])
+        sampling = defaults[sampler]
+    else:
         print(f"{name}: no scheduler_config.json, so schedule and sampling are set as in DDPM (arXiv 2006.11239)")
     weights = find_weights(model, WEIGHTS_OF_DIFFUSERS)
     source = Source(name, digest(weights))

@@ -4,6 +4,7 @@ A key that only another of the known classes has is left aside, as in diffusers.
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ SCHEDULERS: dict[str, tuple[SamplerName, dict[str, Any]]] = {
     "UniPCMultistepScheduler": ("unipc", {**_LINSPACE, **_TERMINAL}),
 }
 """By class: the sampler that it is, and the defaults of the keys that may vary."""
+STOCHASTIC: SamplerName = "dpm++2m-sde"
+"""The sampler of the same class as `dpm++2m` and another algorithm_type."""
 FIXED: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
     "thresholding": (False,),
@@ -74,37 +77,43 @@ PREDICTION_TYPES = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 SPACINGS = {name: name for name in ("leading", "trailing", "linspace")}
 
 
-def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults, SamplerName]:
-    """Return what a scheduler_config.json says of training and of sampling, and its sampler.
+Scheduler = tuple[ForwardProcess, dict[SamplerName, SamplingDefaults], SamplerName]
+"""How a network was trained, how each sampler goes through the timesteps, and which sampler is its own."""
+
+
+def read_scheduler(path: Path) -> Scheduler:
+    """Return what a scheduler_config.json says; raises as `translate_scheduler`, and where it cannot be read."""
+    return translate_scheduler(path, read_strict_json(path))
+
+
+def translate_scheduler(path: Path | str, config: Mapping[str, Any]) -> Scheduler:
+    """Return what a scheduler's config says.
+
+    Another sampler than its own takes the defaults of that one's class where the config says nothing, as `from_config`
+    does in diffusers.
+
+    Args:
+      path: what error messages begin with.
+      config: the entries.
 
     Raises:
       InputError: another class, or a key or value that jaxdiff does not have.
     """
-    given = read_strict_json(path)
+    given = dict(config)
     if isinstance(given.get("_class_name"), str):
         # The Flax classes, whose files begin so, differ in nothing that is written here.
         given["_class_name"] = given["_class_name"].removeprefix("Flax")
     kind = check_class(path, given, SCHEDULERS)
-    sampler, defaults = SCHEDULERS[kind]
     if kind == "PNDMScheduler" and not given.get("skip_prk_steps", False):
         _say_no_runge_kutta(path)
     for name, values in FIXED.items():
         if name in given and not any(given[name] == value for value in values):
             raise InputError(f"{path}: {name} is {given[name]!r}; jaxdiff only has {', '.join(map(repr, values))}")
-    everywhere = {*FIXED, *WITHOUT_EFFECT, *(name for _, other in SCHEDULERS.values() for name in other)}
-    own = {name: value for name, value in given.items() if name in defaults or name not in everywhere}
-    fields = {
-        "clip_sample": False,
-        "clip_sample_range": 1.0,
-        "rescale_betas_zero_snr": False,
-        "set_alpha_to_one": True,
-        "use_karras_sigmas": False,
-        "algorithm_type": "dpmsolver++",
-    }
-    fields |= with_defaults(path, own, defaults, {})
+    fields = _fields_of(path, given, kind)
     if fields["clip_sample"] and fields["clip_sample_range"] != 1:
         raise InputError(f"{path}: clip_sample_range is {fields['clip_sample_range']!r}; jaxdiff only has 1")
-    kinds = {"dpmsolver++": sampler, "sde-dpmsolver++": "dpm++2m-sde"}
+    kinds = {"dpmsolver++": SCHEDULERS[kind][0], "sde-dpmsolver++": STOCHASTIC}
+    sampler = look_up(path, "algorithm_type", fields, kinds)
     diffusion = {
         "schedule": look_up(path, "beta_schedule", fields, SCHEDULES),
         "num_train_timesteps": fields["num_train_timesteps"],
@@ -113,21 +122,42 @@ def translate_scheduler(path: Path) -> tuple[ForwardProcess, SamplingDefaults, S
         "prediction_type": look_up(path, "prediction_type", fields, PREDICTION_TYPES),
         "zero_terminal_snr": fields["rescale_betas_zero_snr"],
     }
-    spacing = look_up(path, "timestep_spacing", fields, SPACINGS)
-    sampler = look_up(path, "algorithm_type", fields, kinds)
     try:
-        ends_clean, karras = (decode(bool, fields[name], name) for name in ("set_alpha_to_one", "use_karras_sigmas"))
-        sampling = {
-            "spacing": "karras" if karras else spacing,
-            "steps_offset": fields["steps_offset"],
-            "final": -1 if ends_clean else 0,
-            "clip": fields["clip_sample"],
-        }
-        return decode(ForwardProcess, diffusion), decode(SamplingDefaults, sampling), sampler
+        defaults = {name: _sampling(path, _fields_of(path, given, other)) for other, (name, _) in SCHEDULERS.items()}
+        return decode(ForwardProcess, diffusion), {**defaults, STOCHASTIC: defaults["dpm++2m"]}, sampler
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
 
 
+def _fields_of(path: Path | str, given: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return what the file says to a class, with that one's defaults."""
+    defaults = SCHEDULERS[kind][1]
+    everywhere = {*FIXED, *WITHOUT_EFFECT, *(name for _, other in SCHEDULERS.values() for name in other)}
+    own = {name: value for name, value in given.items() if name in defaults or name not in everywhere}
+    return {
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "rescale_betas_zero_snr": False,
+        "set_alpha_to_one": True,
+        "use_karras_sigmas": False,
+        "algorithm_type": "dpmsolver++",
+        **with_defaults(path, own, defaults, {}),
+    }
+
+
+def _sampling(path: Path | str, fields: dict[str, Any]) -> SamplingDefaults:
+    """Return how the steps are taken; raise ValueError where a value is of another type."""
+    spacing = look_up(path, "timestep_spacing", fields, SPACINGS)
+    ends_clean, karras = (decode(bool, fields[name], name) for name in ("set_alpha_to_one", "use_karras_sigmas"))
+    sampling = {
+        "spacing": "karras" if karras else spacing,
+        "steps_offset": fields["steps_offset"],
+        "final": -1 if ends_clean else 0,
+        "clip": fields["clip_sample"],
+    }
+    return decode(SamplingDefaults, sampling)
+
+
 @functools.cache
-def _say_no_runge_kutta(path: Path) -> None:
+def _say_no_runge_kutta(path: Path | str) -> None:
     print(f"{path}: skip_prk_steps is false, but jaxdiff's PNDM has no Runge-Kutta steps: it begins as if it were true")

@@ -10,7 +10,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.pretrained_files import read_config
 from jaxdiff.io.strict_json import read_strict_json
-from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
+from jaxdiff.recipes.diffusers_scheduler import read_scheduler
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from jaxdiff.recipes.pretrained_model import FlaxPreTrainedModel
@@ -69,7 +69,7 @@ def read_models(
     text_encoder: Any = models["text_encoder"].module
     unet: Any = models["unet"].module
     vae: Any = models["vae"].module
-    model = StableDiffusion(text_encoder, unet, vae, *translate_scheduler(scheduler))
+    model = StableDiffusion(text_encoder, unet, vae, *read_scheduler(scheduler))
     check_fit(name, model)
     return models, model
 

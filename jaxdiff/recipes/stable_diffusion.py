@@ -4,7 +4,7 @@ Each of the three is one compiled program over the mesh. Keys and values of the 
 not once a step, and the empty prompt is encoded once for all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ class StableDiffusion:
     """The networks, without their parameters, and how they were trained and are sampled by default.
 
     Attributes:
+      defaults: how each sampler goes through the timesteps unless told otherwise.
       sampler: that of the published scheduler.
       own_values: tokens of each word that has values of its own, see `jaxdiff.recipes.value_adapters`.
     """
@@ -48,7 +49,7 @@ class StableDiffusion:
     unet: ConditionalUNet
     autoencoder: Autoencoder
     diffusion: ForwardProcess
-    defaults: SamplingDefaults
+    defaults: Mapping[SamplerName, SamplingDefaults]
     sampler: SamplerName
     own_values: tuple[tuple[int, ...], ...] = ()
 
@@ -125,7 +126,8 @@ def make_process(
     Raises:
       InputError: so many steps do not fit the spacing.
     """
-    defaults, name = model.defaults, sampler or model.sampler
+    name = sampler or model.sampler
+    defaults = model.defaults[name]
     schedule = model.diffusion.make_schedule()
     step = DDIM(eta) if eta is not None else REVERSE_PROCESSES[name]
     chosen = spacing or defaults.spacing
@@ -133,7 +135,7 @@ def make_process(
         raise InputError("--spacing karras: PNDM takes equal steps only (arXiv 2202.09778); choose another --sampler")
     # diffusers moves all leading timesteps of Stable Diffusion up by 1, whatever the file says.
     offset = 1 if chosen == "leading" else 0
-    of_levels = name in ("euler", "heun") and chosen in ("linspace", "trailing")
+    of_levels = name in ("euler", "heun") and chosen != "leading"
     # diffusers' solvers of several steps make one timestep more, and leave the last one out.
     left_out = 1 if name in ("dpm++2m", "dpm++2m-sde", "unipc") and chosen in ("leading", "linspace") else 0
     # Only DDIM and PNDM ever end at t = 0 instead of clean data.

@@ -145,7 +145,9 @@ def describe_settings(
     pictures: PictureSettings, model: StableDiffusion, tokenizer: CLIPTokenizer, size: tuple[int, int], sha256: str
 ) -> Mapping[str, Any]:
     """Return all that decides the pixels of a picture, save its prompt and its number."""
-    configs = model.text_encoder.config, model.unet.config, model.autoencoder.config, model.diffusion, model.defaults
+    sampler = pictures.sampler or model.sampler
+    defaults = model.defaults[sampler]
+    configs = model.text_encoder.config, model.unet.config, model.autoencoder.config, model.diffusion, defaults
     return {
         "sha256": sha256,
         "configs": hashlib.sha256(repr(configs).encode()).hexdigest(),
@@ -155,8 +157,8 @@ def describe_settings(
         "negative": pictures.negative,
         "num_steps": pictures.num_steps,
         "guidance_scale": pictures.guidance_scale,
-        "sampler": pictures.sampler or model.sampler,
-        "spacing": pictures.spacing or model.defaults.spacing,
+        "sampler": sampler,
+        "spacing": pictures.spacing or defaults.spacing,
         "eta": pictures.eta or 0.0,
         "height": size[0],
         "width": size[1],

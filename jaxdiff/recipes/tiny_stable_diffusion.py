@@ -14,11 +14,11 @@ from jaxdiff.io.weights import flatten_params, unflatten_params
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.clip_config import CLIPTextConfig
 from jaxdiff.models.conditional_unet import ConditionalUNetConfig
+from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from jaxdiff.recipes.pretrained_model import cast
 from jaxdiff.recipes.pretrained_pipeline import FlaxStableDiffusionPipeline
-from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
 from jaxdiff.recipes.stable_diffusion import Params, StableDiffusion
 
 WIDTH = 64
@@ -31,9 +31,16 @@ UNET = ConditionalUNetConfig(
     num_attention_heads=(4, 4),
 )
 AUTOENCODER = AutoencoderConfig(block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8, sample_size=64)
-DIFFUSION = ForwardProcess("scaled_linear", 1000, 0.00085, 0.012)
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
 """Stable Diffusion's."""
-SAMPLING = SamplingDefaults("leading", 1, 0, False)
 
 
 def tiny_models(dtypes: Mapping[str, DTypeLike]) -> tuple[dict[str, Any], StableDiffusion]:
@@ -54,7 +61,7 @@ def tiny_models(dtypes: Mapping[str, DTypeLike]) -> tuple[dict[str, Any], Stable
         "vae": FlaxAutoencoderKL(AUTOENCODER, dtype=dtypes["vae"], _do_init=False),
     }
     text_encoder, unet, vae = (model.module for model in models.values())
-    return models, StableDiffusion(text_encoder, unet, vae, DIFFUSION, SAMPLING, "pndm")
+    return models, StableDiffusion(text_encoder, unet, vae, *translate_scheduler("the scheduler", SCHEDULER))
 
 
 def make_tiny(dtype: DTypeLike, decode_dtype: DTypeLike) -> tuple[FlaxStableDiffusionPipeline, Params]:

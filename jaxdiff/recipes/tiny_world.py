@@ -46,10 +46,10 @@ from jaxdiff.models.clip import CLIPText
 from jaxdiff.models.conditional_unet import ConditionalUNet, ConditionalUNetConfig
 from jaxdiff.recipes.contrastive import BATCH as CLIP_BATCH
 from jaxdiff.recipes.contrastive import TRAIN_STEPS, Pairs, tiny_config, train_clip
+from jaxdiff.recipes.diffusers_scheduler import translate_scheduler
 from jaxdiff.recipes.pipeline_folder import INDEX, describe_pipeline
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults
 from jaxdiff.recipes.stable_diffusion import StableDiffusion
 from jaxdiff.recipes.textual_inversion import InversionBatch, encode_pictures, make_latent_loss
 from jaxdiff.recipes.training import LossFn, Stream, create_state, fit, make_optimizer, make_train_step, stream_key
@@ -75,10 +75,6 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
 }
-DIFFUSION = ForwardProcess("scaled_linear", 1000, 0.00085, 0.012, "v")
-SAMPLING = SamplingDefaults("trailing", 0, -1, False)
-
-
 TINY_WORLD = "tiny-world"
 """What `--model` calls it."""
 PICTURES, TEXTS = "pictures", "texts.txt"
@@ -109,7 +105,7 @@ def tiny_world_models(dtypes: Mapping[str, DTypeLike]) -> tuple[dict[str, Any], 
         "vae": FlaxAutoencoderKL(AUTOENCODER, dtype=dtypes["vae"], _do_init=False),
     }
     text_encoder, unet, vae = (model.module for model in models.values())
-    return models, StableDiffusion(text_encoder, unet, vae, DIFFUSION, SAMPLING, "ddim")
+    return models, StableDiffusion(text_encoder, unet, vae, *translate_scheduler("the scheduler", SCHEDULER))
 
 
 def make_autoencoder_loss(module: Autoencoder) -> LossFn:
@@ -183,7 +179,7 @@ def train_world(clip_steps: int, autoencoder_steps: int, diffusion_steps: int, m
     vae_params = run(make_autoencoder_loss(vae), init, pictures_at, autoencoder_steps, 2e-3, "autoencoder", mesh)
     text = CLIPText(config.text_config)
     unet = ConditionalUNet(replace(UNET, cross_attention_dim=text.config.hidden_size))
-    model = StableDiffusion(text, unet, vae, DIFFUSION, SAMPLING, "ddim")
+    model = StableDiffusion(text, unet, vae, *translate_scheduler("the scheduler", SCHEDULER))
     latents = encode_pictures(model, {"vae": vae_params}, images, mesh, at_once=256)
     scale = float(1 / np.std(latents.mean))
     model = replace(model, autoencoder=Autoencoder(replace(AUTOENCODER, scaling_factor=round(scale, 5))))
