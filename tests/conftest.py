@@ -5,12 +5,13 @@ import functools
 import json
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+from commands import TINY_RUN, Answer, finish, start, xla_flags
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-from commands import TINY_RUN, Answer, finish, start
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import xla_flags
 
 ROOT = Path(__file__).parent.parent
 SHARE = {"killed": 0.01, "damaged": 0.05, "disk": 0.06, "stopped": 0.02, "not_finite": 0.05, "two_runs": 0.03}
@@ -25,7 +26,7 @@ MINUTES = {"killed", "not_finite"}
 def test_promises_hold(tmp_path, fault, share):
     command = [sys.executable, ROOT / "scripts" / "chaos.py", f"--out={tmp_path}", "--only", fault, f"--share={share}"]
     # One device, as the commands have by default, not the eight of the test run.
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     rows = json.loads((tmp_path / "chaos.json").read_text())

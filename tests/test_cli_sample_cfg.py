@@ -124,6 +124,7 @@ def test_everything_that_it_writes_is_listed_and_the_figures_are_finite(finished
     assert not set(delivered(out).values()) & set(delivered(finished_run[0]).values())
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_one_of_lowest_loss_on_any_number_of_devices(copied_run, tmp_path):
     # The last one is made the worst, sealed as if it had been written so.
     (metric,) = (

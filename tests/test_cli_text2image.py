@@ -195,6 +195,7 @@ def test_long_prompts_are_encoded_in_pieces_of_75_tokens(folder):
     np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=0, atol=FLOAT32_ATOL)
 
 
+@pytest.mark.slow
 def test_a_rerun_draws_anew_what_another_config_would_draw_otherwise(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "model")
     args = (f"--model={copy}", "--prompt=a photo", "--num-steps=2", f"--out={tmp_path / 'out'}")

@@ -168,6 +168,7 @@ def test_the_report_is_one_file_with_the_pictures_and_figures_of_the_run(finishe
 # --- the same command again
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_and_gives_the_same_results(copied_run):
     before = {path: path.stat().st_mtime_ns for path in (copied_run / "checkpoints").rglob("*")}
     log, record = (copied_run / "metrics.jsonl").read_bytes(), results(copied_run)
@@ -287,15 +288,19 @@ def test_the_judge_learns_from_batches_that_split_over_any_number_of_devices(tmp
     assert 128 <= seen[0] < 128 + devices
 
 
-def test_another_config_is_refused_by_name_until_the_run_is_started_over(finished_run, copied_run):
-    (copied_run / "notes.txt").write_text("mine")
-    (copied_run / "grids" / "step_0000001.png").write_text("old")
-    other = [*TINY_RUN, f"--out={copied_run}", "--seed=1"]
-    refused = run_here(train_cfg.main, *other, "--ema-decay=0.9")
+def test_another_config_is_refused_by_name(finished_run, copied_run):
+    refused = run_here(train_cfg.main, *TINY_RUN, f"--out={copied_run}", "--seed=1", "--ema-decay=0.9")
     assert refused.code == 2
     assert "another config: ema_decay was 0.995, is 0.9; seed was 0, is 1. Choose" in refused.sentence
     assert results(copied_run) == results(finished_run[0])
-    again = run_here(train_cfg.main, *other, "--resume=never", "--train-steps=2")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_started_over_keeps_nothing_of_the_old_one(finished_run, copied_run):
+    (copied_run / "notes.txt").write_text("mine")
+    (copied_run / "grids" / "step_0000001.png").write_text("old")
+    flags = [f"--out={copied_run}", "--seed=1", "--resume=never", "--train-steps=2"]
+    again = run_here(train_cfg.main, *TINY_RUN, *flags)
     assert again.code == 0, again.err
     assert "going on" not in again.out
     assert json.loads((copied_run / "config.json").read_text())["seed"] == 1

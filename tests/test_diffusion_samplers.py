@@ -200,7 +200,8 @@ def test_trajectory_holds_every_state_and_changes_nothing():
     timesteps = with_final(timestep_spacing("leading", 6, schedule))
     run = partial(sample, gaussian_denoiser(schedule), x_T, keys, schedule, timesteps, DDIM())
     x_0, trajectory = run(trajectory=True)
-    np.testing.assert_array_equal(x_0, run())
+    # Another program, whose sums may be taken in another order.
+    np.testing.assert_allclose(x_0, run(), atol=FLOAT32_ATOL)
     np.testing.assert_array_equal(trajectory.x_t[0], x_T)
     np.testing.assert_array_equal(trajectory.x_t[-1], x_0)
     assert trajectory.x_t.shape[0] == 7

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import finish, run_here, start_several
+from commands import finish, run_here, start_several, xla_flags
 from scale_job import Config, rows_at
 from scale_job import run as run_job
 
@@ -234,7 +234,7 @@ def test_auto_finds_the_place_that_the_scheduler_gave(tmp_path, alone, scheduler
         uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911"}
         return uri | dict(zip(names, ("2", str(index), str(index))))
 
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(1)}
     jobs = [
         subprocess.Popen(
             [sys.executable, JOB, f"--out={tmp_path / 'run'}", f"--steps={STEPS}", "--distributed=auto"],
