@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLER_ATOL
+from conftest import FLOAT32_ATOL, SAMPLER_ATOL
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from jaxdiff.diffusion.edm import Churn, Euler, Heun
