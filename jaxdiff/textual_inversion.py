@@ -84,7 +84,7 @@ def run(config: Config) -> list[Path]:
     from jaxdiff.io.runs import as_json, check_config, check_same_data, check_writable, open_run
     from jaxdiff.processes import is_leader, leader_first, on_leader
     from jaxdiff.recipes.inversion_memory import estimate_learning
-    from jaxdiff.recipes.inversion_parts import own_concept, prepare_inversion
+    from jaxdiff.recipes.inversion_parts import check_tiny_world, own_concept, prepare_inversion
     from jaxdiff.recipes.inversion_report import write_outputs
     from jaxdiff.recipes.inversion_training import train
     from jaxdiff.recipes.memory import explain_want_of_memory, list_memory
@@ -105,6 +105,8 @@ def run(config: Config) -> list[Path]:
     with explain_want_of_memory(estimate, lower):
         if config.concept:
             concepts = [parse_concept(text) for text in config.concept]
+            if config.model.model == "tiny-world":
+                check_tiny_world(concepts, config.model)
         else:
             concepts, training = leader_first(lambda: own_concept(config.training, mesh))
             config = replace(config, training=training)
@@ -113,7 +115,7 @@ def run(config: Config) -> list[Path]:
         parts = prepare_inversion(concepts, config.model, training, mesh)
         out = config.out.expanduser().resolve()
         on_leader(lambda: open_run(out, as_json(config), free, start_over=config.resume == "never"))
-        what = "the pictures of --concept, the texts or the weights of the model"
+        what = "the pictures of --concept, the texts, the weights of the model or the machine's --dtype"
         on_leader(lambda: check_same_data(out, parts.data.about, what))
         trained = train(parts, training, out)
         return write_outputs(out, parts, trained, training, as_json(config), started) if is_leader() else []

@@ -34,7 +34,8 @@ class InversionSettings(OptimizationSettings):
     mean_initializer: bool = False
     """Start from the mean of the tokens where an initialiser has several, instead of refusing it."""
     templates: Path | None = None
-    """Text file of texts to learn from, one a line, {} for the word; None means the built-in ones."""
+    """Text file of texts to learn all words from, one a line, {} for the word; None means the built-in ones, which are
+    others for styles."""
     flip: bool = True
     """Learn from the pictures and from their mirror images; never so for the digit of the tiny world."""
     crops: int = 0

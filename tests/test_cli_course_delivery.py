@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from jaxdiff import text2image
 from jaxdiff.io.images import read_png_texts
+from jaxdiff.recipes.course_delivery import list_delivery
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 SMALL = ("--num-steps=2", "--height=16", "--width=16", "--devices=1", "--batch-size=8", "--guidance-scale=1")
@@ -48,6 +49,14 @@ def deliver(*flags: str, words: tuple[str, ...] = ("<new1>", "<new2>")):
 def pictures(place) -> dict[str, np.ndarray]:
     paths = sorted((place / "out").glob("*/**/*.png"))
     return {str(path.relative_to(place / "out")): np.asarray(Image.open(path)).astype(int) for path in paths}
+
+
+def test_a_key_may_have_any_letters(tmp_path):
+    (tmp_path / "input.json").write_text(
+        json.dumps({"{a}": {"src_image": "it", "token_name": "<new1>", "prompt": ["A <new1>."]}})
+    )
+    _, jobs = list_delivery(tmp_path / "input.json", 2)
+    assert [job.file for job in jobs] == [f"{{a}}/0/source{{a}}_prompt0_{n}.png" for n in range(2)]
 
 
 def test_each_prompt_gets_25_pictures_under_the_names_that_the_grader_wants(place):

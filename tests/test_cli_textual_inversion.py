@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +24,9 @@ from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.learned_embeddings import read_learned, write_learned
 from jaxdiff.io.weights import write_safetensors
 from jaxdiff.mesh import make_mesh
-from jaxdiff.recipes import inversion_parts, loop, training
+from jaxdiff.recipes import inversion_parts, loop, text_to_image_model, training
 from jaxdiff.recipes.custom_diffusion import text_matrices
+from jaxdiff.recipes.inversion_parts import prepare_inversion
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny
 from jaxdiff.text2image_settings import LatentModelSettings
@@ -190,6 +192,46 @@ def test_an_adapter_is_kept_and_drawn_with(learn_matrices, learned_matrices, tmp
     assert len(pictures) == 3
 
 
+def test_flips_crops_masks_class_pictures_and_their_weight_reach_the_batches(folders, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for number in range(2):
+        # White on the left, so that a mirror image is known by its mask.
+        mask = Image.new("RGB", (80, 60))
+        mask.paste("white", (0, 0, 40, 60))
+        mask.save(tmp_path / "masks" / f"{number}.png")
+    concept = parse_concept(f"<new1>:{folders / 'thing'}:digit")
+    training = InversionSettings(
+        crops=3,
+        mask=(f"<new1>:{tmp_path / 'masks'}",),
+        kv_learning_rate=1e-5,
+        prior=(f"{folders / 'style'}:a photo",),
+        prior_weight=0.5,
+        batch_size=4,
+        size=16,
+    )
+    for flip, views in ((True, 16), (False, 8)):
+        model = LatentModelSettings("tiny", decode_dtype="float32")
+        parts = prepare_inversion([concept], model, replace(training, flip=flip), make_mesh(1))
+        (source,) = parts.data.concepts
+        assert source.latents.mean.shape[0] == views
+        assert source.masks.shape == (views, *source.latents.mean.shape[1:3])
+        left, right = source.masks[:, :, 0].mean(axis=1), source.masks[:, :, -1].mean(axis=1)
+        assert np.sum(right > left) == (views // 2 if flip else 0)
+        batch = parts.batch_at(0)
+        np.testing.assert_array_equal(batch.weight, [2, 1, 2, 1])
+        assert (batch.mask[1::2] == 1).all()
+        assert (batch.mask[::2] < 1).any(axis=(1, 2)).all()
+
+
+def test_words_that_the_tiny_world_has_not_are_told_before_it_is_trained(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_to_image_model, "tiny_world_folder", None)
+    answer = learn(f"--concept=<new1>:{folders / 'thing'}:dog", "--devices=1", f"--out={tmp_path / 'run'}")
+    assert answer.code == 2
+    assert "tiny-world, the model unless --model names another, only knows digits, and has no token for 'dog'" in (
+        answer.sentence
+    )
+
+
 def test_an_adapter_of_another_model_or_format_is_refused(learned_matrices, tmp_path):
     adapter = read_adapter(learned_matrices[1] / "adapter.safetensors")
 
@@ -271,6 +313,13 @@ def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
         assert "are there already" not in answer.out
         drawn.add(pixels(tmp_path / "drawn"))
     assert len(drawn) == 3
+    for flags, sentence in (
+        ([values], f"{tmp_path / 'a' / 'adapter.safetensors'}: no prompt says '<new1>' or '<new2>', and it changes"),
+        (["--adjust=<new1>:photo"], "--adjust: no prompt says '<new1>'"),
+    ):
+        answer = run_here(text2image.main, "--prompt=a photo of <new3>", *flags, f"--out={tmp_path / 'none'}")
+        assert answer.code == 2
+        assert sentence in answer.sentence
     about = json.loads(read_png_texts(tmp_path / "drawn" / "000_000.png")["jaxdiff"])
     assert (about["adjust"], about["adjust_angle"], about["adjust_norm"]) == (["<new1>:photo"], 0.2, 1.0)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.io.images import read_image, resize_image, to_float, to_uint8, write_png
+from jaxdiff.io.images import is_transparent, read_image, resize_image, to_float, to_uint8, write_png
 
 BYTES = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
 
@@ -56,7 +56,18 @@ def test_a_picture_is_turned_as_the_camera_was_held_where_that_is_asked_for(tmp_
     exif[0x0112] = 6  # its top is at the right
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png", upright=True), np.rot90(pixels, -1))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", as_shown=True), np.rot90(pixels, -1))
+
+
+def test_what_is_cut_out_lies_on_white_as_a_viewer_shows_it(tmp_path):
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((0, 0), (9, 8, 7, 255))
+    picture.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", as_shown=True).tolist() == [[[9, 8, 7], [255, 255, 255]]]
+    assert is_transparent(tmp_path / "a.png")
+    picture.putalpha(255)
+    picture.save(tmp_path / "b.png")
+    assert not is_transparent(tmp_path / "b.png")
 
 
 def test_write_then_read(tmp_path):

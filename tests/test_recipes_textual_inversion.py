@@ -22,7 +22,7 @@ from jaxdiff.recipes.custom_diffusion import base_hash
 from jaxdiff.recipes.inversion_batches import Source, make_batches
 from jaxdiff.recipes.inversion_data import shrink_masks
 from jaxdiff.recipes.inversion_parts import prepare_inversion
-from jaxdiff.recipes.learned_words import TABLE, add_words, first_rows, get_leaf
+from jaxdiff.recipes.learned_words import TABLE, add_words, first_rows, get_leaf, set_leaf
 from jaxdiff.recipes.stable_diffusion import decode_latents, make_latent_sampler
 from jaxdiff.recipes.text_to_image_model import prepare
 from jaxdiff.recipes.textual_inversion import (
@@ -175,7 +175,12 @@ def test_ten_steps_are_those_of_torch_and_nothing_else_moves(world):
     learned = np.concatenate([last.state.params[word] for word in rows])
     np.testing.assert_allclose(learned, twin.table[len(twin.old) :].detach().numpy(), rtol=0, atol=1e-4)
     assert (np.abs(learned - np.concatenate(list(rows.values()))).max(axis=1) > 0.01).all()
-    jax.tree.map(np.testing.assert_array_equal, params, before)
+    # The model that draws with them has those rows, and else what it had.
+    drawn = with_trained(params, last.state.params, list(rows))
+    table = get_leaf(drawn, TABLE)
+    np.testing.assert_array_equal(table[len(twin.old) :], learned)
+    drawn = set_leaf(drawn, TABLE, table[: len(twin.old)])
+    jax.tree.map(np.testing.assert_array_equal, drawn, before)
 
 
 def test_min_snr_weights_are_those_of_diffusers(world):
@@ -315,6 +320,29 @@ def test_masks_are_cut_and_mirrored_as_their_pictures(tmp_path):
         Image.fromarray(wrong).save(tmp_path / "masks" / "b.png")
         with pytest.raises(InputError, match=sentence):
             read_concept_pictures(concept, 16, 0, 0, tmp_path / "masks")
+
+
+def test_a_mask_shows_some_of_every_square_or_is_refused(tmp_path):
+    for folder in ("pictures", "masks"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (120, 40), "gray").save(tmp_path / "pictures" / "a.png")
+    concept = parse_concept(f"<new>:{tmp_path / 'pictures'}:cat")
+
+    def read(mask):
+        mask.save(tmp_path / "masks" / "a.png")
+        return read_concept_pictures(concept, 16, 20, 0, tmp_path / "masks").masks
+
+    mask = Image.new("RGB", (120, 40))
+    mask.paste("white", (40, 0, 50, 40))
+    assert read(mask).any(axis=(1, 2)).all()
+    aside = Image.new("RGB", (120, 40))
+    aside.paste("white", (0, 0, 20, 40))
+    with pytest.raises(InputError, match=r"all that it shows of a\.png lies outside the square in the middle"):
+        read(aside)
+    cut_out = Image.new("RGBA", (120, 40), "white")
+    cut_out.putalpha(mask.getchannel("R"))
+    with pytest.raises(InputError, match="transparent in places; it must be white where its picture counts"):
+        read(cut_out)
 
 
 def test_batches_are_pure_functions_of_the_step(world):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.images import read_image, resize_image
+from jaxdiff.io.images import is_transparent, read_image, resize_image
 from jaxdiff.io.labelled_images import single_pictures
 from jaxdiff.io.prompts import read_prompts
 
@@ -47,6 +47,10 @@ LEAST_CROP = 0.7
 """Smallest random crop, as a share of the shorter side."""
 MAX_PIXELS = 64_000_000
 """A photograph of a telephone may have so many; no more are decoded."""
+TRIES = 100
+"""Random squares that are tried; then the one in the middle is taken."""
+LEAST_SHOWN = 0.1
+"""Least mean of a mask in a random square, as a share of its mean in the whole picture."""
 LEAST_SIDE = 8
 """Pixels; smaller pictures show nothing."""
 
@@ -134,8 +138,8 @@ class ConceptPictures(NamedTuple):
 
 
 def read_photograph(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode a picture that may be a telephone's, turned as that was held; raise OSError as `read_image` does."""
-    return read_image(path, MAX_PIXELS, upright=True)
+    """Decode a picture that may be a telephone's, as a viewer shows it; raise OSError as `read_image` does."""
+    return read_image(path, MAX_PIXELS, as_shown=True)
 
 
 def read_concept_pictures(
@@ -174,13 +178,19 @@ def read_views(
             faults.append(f"{path.name}: {error}")
             continue
         squares = np.random.default_rng([seed, len(found)])
-        cuts = [draw_square(pixels.shape[0], pixels.shape[1], squares) for _ in range(crops)]
+        mask = None if masks is None else read_mask(masks, path, pixels.shape[:2])
+        if mask is not None:
+            shown.append(resize_image(mask, size))
+            if not shown[-1][..., 0].any():
+                raise InputError(
+                    f"--mask {masks}: all that it shows of {path.name} lies outside the square in the middle, which is "
+                    "learned from: cut the picture and its mask to the subject"
+                )
+        cuts = [draw_square(pixels.shape[0], pixels.shape[1], squares, mask) for _ in range(crops)]
         cropped += [resize_image(pixels[cut], size) for cut in cuts]
         found.append(resize_image(pixels, size))
-        if masks is not None:
-            mask = read_mask(masks, path, pixels.shape[:2])
+        if mask is not None:
             cropped_shown += [resize_image(mask[cut], size) for cut in cuts]
-            shown.append(resize_image(mask, size))
     if not found:
         more = f"; the first of {len(faults)} that cannot be read is {faults[0]}" if faults else ""
         raise InputError(f"{what}: {folder}: holds no picture to learn from{more}")
@@ -194,7 +204,7 @@ def read_mask(folder: Path, picture: Path, shape: tuple[int, ...]) -> UInt8[np.n
     """Return the mask of a picture of that height and width.
 
     Raises:
-      InputError: there is none, it cannot be read, is of another size, or black.
+      InputError: there is none, it cannot be read, is of another size, transparent, or black.
     """
     named = [path for path in single_pictures(folder.expanduser()) if path.stem == picture.stem]
     if len(named) != 1:
@@ -206,16 +216,26 @@ def read_mask(folder: Path, picture: Path, shape: tuple[int, ...]) -> UInt8[np.n
     if mask.shape[:2] != shape:
         sizes = " instead of ".join(f"{width}x{height}" for height, width in (mask.shape[:2], shape))
         raise InputError(f"--mask {named[0]}: {sizes} pixels, which its picture has")
+    if is_transparent(named[0]):
+        raise InputError(
+            f"--mask {named[0]}: transparent in places; it must be white where its picture counts, else black"
+        )
     if not mask[..., 0].any():
         raise InputError(f"--mask {named[0]}: black, so that nothing of its picture would count")
     return mask
 
 
-def draw_square(height: int, width: int, rng: np.random.Generator) -> tuple[slice, slice]:
-    """Return rows and columns of a random square of a picture."""
-    side = max(1, round(rng.uniform(LEAST_CROP, 1) * min(height, width)))
-    top, left = (int(rng.integers(length - side + 1)) for length in (height, width))
-    return slice(top, top + side), slice(left, left + side)
+def draw_square(
+    height: int, width: int, rng: np.random.Generator, mask: UInt8[np.ndarray, "H W 3"] | None = None
+) -> tuple[slice, slice]:
+    """Return rows and columns of a random square of a picture, one that shows some of what a mask shows."""
+    for _ in range(TRIES):
+        side = max(1, round(rng.uniform(LEAST_CROP, 1) * min(height, width)))
+        top, left = (int(rng.integers(length - side + 1)) for length in (height, width))
+        cut = slice(top, top + side), slice(left, left + side)
+        if mask is None or mask[cut][..., 0].mean() > LEAST_SHOWN * mask[..., 0].mean():
+            return cut
+    return slice(0, height), slice(0, width)
 
 
 def texts_of(concepts: Sequence[Concept], templates: Path | None = None) -> list[list[str]]:

@@ -39,13 +39,15 @@ def stretch_to_uint8(images: Float[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, 
     return np.rint((images - low) / np.where(high > low, high - low, 1.0) * 255).astype(np.uint8)
 
 
-def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(
+    file: Path | BytesIO, max_pixels: int = MAX_PIXELS, as_shown: bool = False
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decode one picture as RGB.
 
     Args:
       file: to read.
       max_pixels: that it may have.
-      upright: turn it as the camera says that it was held.
+      as_shown: as a viewer shows it: turned as the camera says that it was held, and on white where it is transparent.
 
     Raises:
       OSError: missing, truncated, no picture, more than 8 bits a channel, or more pixels than `max_pixels`; the message
@@ -59,9 +61,21 @@ def read_image(file: Path | BytesIO, max_pixels: int = MAX_PIXELS, upright: bool
             if image.mode[0] in "IF":
                 # Pillow would clip instead of scale.
                 raise OSError("more than 8 bits a channel")
-            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
+            return np.asarray((_on_white(ImageOps.exif_transpose(image)) if as_shown else image).convert("RGB"))
     except (Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
         raise OSError(f"not a readable picture ({error})") from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+
+
+def is_transparent(path: Path) -> bool:
+    """Tell whether a picture that can be read has a pixel that is not opaque."""
+    with Image.open(path) as image:
+        return image.has_transparency_data and bool((np.asarray(image.convert("RGBA"))[..., 3] < 255).any())
 
 
 def write_png(path: Path, pixels: UInt8[np.ndarray, "H W C"], about: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -23,7 +23,8 @@ DATA = "data.json"
 Figures = dict[str, float | int]
 """Figures under the plain names that results.json gives them."""
 MADE_BY_SAMPLING = (
-    "shards", "samples", "grid.png", "grid_*.png", "reverse_*.png", "learned_embeds*.safetensors",
+    "shards", "samples", "grid.png", "grid_*.png", "reverse_*.png", "learned_embeds.safetensors",
+    "learned_embeds_[0-9]*.safetensors",
     "adapter.safetensors", "pytorch_custom_diffusion_weights.safetensors", RESULTS, "report.html"
 )  # fmt: skip
 MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", DATA, "tensorboard", "grids", METRICS, CONFIG)

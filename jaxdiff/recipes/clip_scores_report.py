@@ -35,8 +35,8 @@ MEANINGS = {
     "clip_t_with_word_times_2.5": "the same, 2.5 max(cosine, 0)",
     "clip_t_stripped": "CLIP-T to the prompt without the learned word",
     "clip_t_stripped_times_2.5": "the same, 2.5 max(cosine, 0)",
-    "cmmd": "CMMD to the references, pairs of a picture with itself left out",
-    "cmmd_with_self_pairs": "CMMD as its published code has it",
+    "cmmd": "CMMD to the references, by the CLIP above, pairs of a picture with itself left out",
+    "cmmd_with_self_pairs": "the same with those pairs, as the published code, which takes ViT-L/14 at 336 pixels",
     "all_present": "share of pictures with all concepts",
 }
 

@@ -21,8 +21,8 @@ def list_delivery(path: Path, num_images: int) -> tuple[list[str], list[Job]]:
     jobs = []
     for concept in read_task(path, graded=False):
         for row, prompt in enumerate(concept.prompts):
-            name = f"{concept.key}/{row}/source{concept.key}_prompt{row}_{{}}.png"
-            jobs += [Job(len(prompts), number, name.format(number), row) for number in range(num_images)]
+            start = f"{concept.key}/{row}/source{concept.key}_prompt{row}_"
+            jobs += [Job(len(prompts), number, f"{start}{number}.png", row) for number in range(num_images)]
             prompts.append(prompt)
     return prompts, jobs
 

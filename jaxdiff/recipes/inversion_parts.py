@@ -10,10 +10,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxdiff.errors import InputError
 from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.concept_pictures import Concept, texts_of
+from jaxdiff.io.digit_captions import CONTEXT
 from jaxdiff.io.learned_embeddings import Learned
-from jaxdiff.io.world_captions import UNKNOWN
+from jaxdiff.io.tokenizer import CLIPTokenizer
+from jaxdiff.io.world_captions import UNKNOWN, world_vocabulary
 from jaxdiff.mesh import own_mesh, replicated
 from jaxdiff.processes import count, index, is_leader, leader_first
 from jaxdiff.recipes.custom_diffusion import Trained, base_hash, split_trained, zero_deltas
@@ -103,6 +106,18 @@ def own_concept(training: InversionSettings, mesh: Mesh) -> tuple[list[Concept],
     templates = training.templates or folder / TEXTS
     prompts = training.sample_prompts or ("a photo of the digit <new1>.", f"a photo of the digit {UNKNOWN}.")
     return [concept], replace(training, templates=templates, flip=False, sample_prompts=prompts)
+
+
+def check_tiny_world(concepts: Sequence[Concept], model: LatentModelSettings) -> None:
+    """Raise InputError where a concept starts from words that the tiny world has not, before it is trained for it."""
+    tokenizer, learned = CLIPTokenizer(*world_vocabulary(), CONTEXT), read_all_learned(model)
+    for concept in concepts:
+        for word in concept.initializer.split():
+            if word not in learned and tokenizer([word]).attention_mask.sum() != 3:
+                raise InputError(
+                    f"--concept {concept.word}: tiny-world, the model unless --model names another, only knows digits, "
+                    f"and has no token for {word!r}"
+                )
 
 
 def prepare_inversion(

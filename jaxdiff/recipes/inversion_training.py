@@ -47,12 +47,17 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
         return enough()
 
     def draw(step: int, trained: Any) -> None:
-        pixels = draw_pictures(parts, training, parts.finish(trained))
+        pixels = draw_pictures(parts, training, kept(trained))
         grid = make_grid(pixels, prompts_of(parts, training), f"Step {step:,}")
         write_overview(grid_at(step), grid)
         if parts.score is not None:
             scores.append(parts.score(pixels))
             log.write(step, {"image_score": scores[-1]})
+
+    def kept(trained: Any) -> dict[str, np.ndarray]:
+        # As they are written, so that what is drawn and scored is what is kept.
+        finished = {name: np.asarray(leaf) for name, leaf in parts.finish(trained).items()}
+        return {n: leaf if n in parts.words else at_rank(leaf, training.adapter_rank) for n, leaf in finished.items()}
 
     def grid_at(step: int) -> Path:
         return out / "grids" / f"step_{step:07d}.png"
@@ -67,7 +72,11 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
         if patience is None or not any_process(is_leader() and has_stopped_rising(scores, patience), mesh):
             return False
         if is_leader():
-            print(f"image score: none of the last {patience} is above {max(scores):.2f}; nothing more is learned")
+            best = int(np.argmax(scores))
+            print(
+                f"image score: none of the last {patience} is above {scores[best]:.2f}, score {best + 1} of "
+                f"{len(scores)}; nothing more is learned, and the words are kept as they are now"
+            )
         return True
 
     try:
@@ -96,9 +105,7 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
     finally:
         checkpoints.close()
         log.close()
-    finished = {name: np.asarray(leaf) for name, leaf in parts.finish(bring_home(state.ema_params, mesh)).items()}
-    # All that is drawn and written shows the matrices as they are kept.
-    return {n: leaf if n in parts.words else at_rank(leaf, training.adapter_rank) for n, leaf in finished.items()}
+    return kept(bring_home(state.ema_params, mesh))
 
 
 def draw_pictures(

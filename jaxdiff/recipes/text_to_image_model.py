@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.adapters import of_all, read_adapter
 from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.learned_embeddings import Learned, read_learned
 from jaxdiff.io.provenance import tree_hash
@@ -117,7 +118,10 @@ def read_all_learned(settings: LatentModelSettings) -> Learned:
 
 
 def check_said(settings: LatentModelSettings, texts: Sequence[str]) -> None:
-    """Raise InputError where a file of learned words holds none that is said in any of the texts."""
+    """Raise InputError where words of a file or of --adjust change nothing, because no text says them.
+
+    An adapter with matrices for all words changes every picture, so of such a one this is only printed.
+    """
     for path in settings.embeddings:
         words = read_learned(path)
         if not any(word in text for word in words for text in texts):
@@ -125,6 +129,16 @@ def check_said(settings: LatentModelSettings, texts: Sequence[str]) -> None:
                 f"--embeddings {path}: no prompt says {' or '.join(map(repr, words))}, which is what the file holds: "
                 "say it, or drop the file"
             )
+    for path in settings.adapters:
+        adapter = read_adapter(path)
+        if not any(word in text for word in adapter.words for text in texts):
+            missing = f"--adapters {path}: no prompt says {' or '.join(map(repr, adapter.words))}"
+            if not of_all(adapter.deltas):
+                raise InputError(f"{missing}, and it changes nothing else: say it, or drop the file")
+            print(f"{missing}; its matrices change the pictures nevertheless")
+    for word in (text.rsplit(":", 1)[0] for text in settings.adjust):
+        if not any(word in text for text in texts):
+            raise InputError(f"--adjust: no prompt says {word!r}: say it, or drop it from --adjust")
 
 
 def add_learned(learned: Learned, more: Learned, what: str) -> Learned:
