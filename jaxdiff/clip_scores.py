@@ -37,8 +37,8 @@ class Config:
     """The course's input.json: concepts, prompts and baselines."""
     prompt: str = ""
     """What the pictures shall show. Not with --task."""
-    token: str = ""
-    """Learned word in --prompt, left out for the scores that go without it."""
+    token: tuple[str, ...] = ()
+    """Learned words in --prompt, left out for the scores that go without them."""
     words: tuple[str, ...] = ()
     """Concepts whose presence in each picture is scored. Not with --task."""
     count: int = 25
@@ -75,9 +75,8 @@ class Config:
             "nothing to score by: give --references, --prompt, --words, or --task",
         )
         require(self.count == 25, "--count has no effect without --task: drop it")
-        require(
-            not self.token or self.token in self.prompt, f"--token {self.token!r} is not in --prompt {self.prompt!r}"
-        )
+        for token in self.token:
+            require(bool(token) and token in self.prompt, f"--token {token!r} is not in --prompt {self.prompt!r}")
         require(all(word.strip() for word in self.words), "--words: one is empty")
         require(len(set(self.words)) == len(self.words), "--words: give each word once")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -147,10 +148,11 @@ def test_two_folders_are_compared_and_words_looked_for(world, tmp_path):
     folder, twin = world
     generated, references = folder / "generated" / "0" / "0", folder / "references" / "0"
     answer = score(
-        f"--generated={generated}", f"--references={references}", "--prompt=a <x> photo", "--token=<x>",
+        f"--generated={generated}", f"--references={references}", "--prompt=a <x> photo <y>", "--token", "<x>", "<y>",
         "--words", "cat", "digit", f"--model={folder / 'clip'}", f"--out={tmp_path / 'out'}",
     )  # fmt: skip
     assert answer.code == 0, answer.err
+    assert re.search(r"clip_t_stripped .*: 'a photo'", answer.out)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     x, y = (embed(folder, twin, listed(place)).double() for place in (generated, references))
 

@@ -242,7 +242,7 @@ def edit(path, **changes):
         (("--prompt", " "), "--prompt: one is empty"),
         (("--prompts=nope.txt",), "--prompts nope.txt: cannot be read"),
         (("--prompts=empty.txt",), "--prompts empty.txt: holds no prompt"),
-        (("--prompt=a", "--height=21"), "--height must be a multiple of 4 pixels, got 21: try 20"),
+        (("--prompt=a", "--height=21"), "height must be a multiple of 4 pixels, got 21: try 20"),
         (("--prompt=a", "--num-steps=0"), "--num-steps must be at least 1, got 0"),
         (("--prompt=a", "--num-steps=2000"), "--num-steps 2000, leading spacing: num_steps must lie in 1..1000"),
         (("--prompt=a", "--eta=0.5"), "--eta has no effect without --sampler ddim"),

@@ -483,7 +483,7 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
             "can never end this run, which scores 3",
         ),
         (("--concept=<a>:thing:digit", "--captions=x"), "--captions has no effect without two --adapters"),
-        (("--concept=<a>:thing:digit", "--size=21"), "must be a multiple of 4 pixels, got 21"),
+        (("--concept=<a>:thing:digit", "--size=21"), "height must be a multiple of 4 pixels, got 21"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),
         (("--concept=<a>:thing:digit", "--batch-size=3", "--devices=2"), "--batch-size 3 does not split over 2"),
         (("--concept=<a>:thing:digit", "--guidance-scale=nan"), "--guidance-scale must lie in [0, 1000]"),

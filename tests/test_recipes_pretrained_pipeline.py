@@ -196,7 +196,7 @@ def test_a_prompt_that_cannot_be_drawn_is_refused(loaded):
         ({"latents": spoiled}, "latents: not all numbers are finite"),
         ({"guidance_scale": np.array([7.5, 3.0])}, "one number for all pictures is needed, got [3.0, 7.5]"),
         ({"neg_prompt_ids": pipeline.prepare_inputs(["a"] * 3)}, "3 texts to avoid for 2 prompts"),
-        ({"height": 31}, "--height must be a multiple of 2 pixels, got 31"),
+        ({"height": 31}, "height must be a multiple of 2 pixels, got 31"),
     ):
         with pytest.raises(InputError, match=re.escape(sentence)):
             pipeline(ids, params, key, 2, **options)

@@ -34,6 +34,7 @@ def labelled_grid(
     row_axis: str = "",
     column_axis: str = "",
     style: GridStyle = GridStyle(),
+    captions: Sequence[str] = (),
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Draw pictures row by row under a title, with a label for every row and column.
 
@@ -45,6 +46,7 @@ def labelled_grid(
       row_axis: what the rows are.
       column_axis: what the columns are.
       style: sizes.
+      captions: one line under each picture; none where there are none.
 
     Raises:
       ValueError: there is nothing to draw, or the number of images is not rows times columns.
@@ -65,7 +67,7 @@ def labelled_grid(
     longest = max(font.getlength(line) for name in names for line in name)
     left = style.margin + (style.text + pad if row_axis else 0) + int(longest) + pad
     top = style.margin + style.title + (style.text + pad) * (2 if column_axis else 1) + 2 * pad
-    step_x, step_y = width + style.gap, height + style.gap
+    step_x, step_y = width + style.gap, height + style.gap + (line_height + pad if captions else 0)
     wide, high = columns * step_x - style.gap, rows * step_y - style.gap
     # The axis name stands over the middle of the columns, but never runs out of the picture at the left.
     centre = max(left + wide / 2, style.margin + font.getlength(column_axis) / 2)
@@ -90,6 +92,9 @@ def labelled_grid(
     for number, picture in enumerate(pictures):
         i, j = divmod(number, columns)
         canvas.paste(Image.fromarray(picture), (left + j * step_x, top + i * step_y))
+        if captions:
+            under = left + j * step_x + width / 2, top + i * step_y + height + line_height
+            pen.text(under, shorten(captions[number], font, step_x), INK, font, anchor="ms")
     return np.asarray(canvas)
 
 

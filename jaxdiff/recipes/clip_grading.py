@@ -104,14 +104,16 @@ def task_groups(task: Path, generated: Path, references: Path, count: int) -> li
             files = list_counted(folder, "--generated")
             if len(files) != count:
                 raise InputError(f"--generated {folder}: {len(files)} pictures, must be {count}; --count says how many")
-            stripped = without(concept.token, prompt)
+            stripped = without([concept.token], prompt)
             groups.append(Group(f"{concept.key}.{number}", files, originals, plain, prompt, stripped, baseline))
     return groups
 
 
-def without(token: str, prompt: str) -> str:
-    """Return the prompt with the learned word left out."""
-    return re.sub(r"\s+", " ", prompt.replace(token, " ")).strip()
+def without(tokens: Sequence[str], prompt: str) -> str:
+    """Return the prompt with the learned words left out."""
+    for token in tokens:
+        prompt = prompt.replace(token, " ")
+    return re.sub(r"\s+", " ", prompt).strip()
 
 
 def list_pictures(folder: Path, flag: str) -> tuple[Path, ...]:

@@ -19,9 +19,10 @@ from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.mesh import device_name
 from jaxdiff.recipes.clip_features import Encoder
 from jaxdiff.recipes.clip_grading import Graded
+from jaxdiff.recipes.clip_scores import TEXT_WEIGHT, best_pictures
 
-SHOWN = 5
-"""Pictures on the sheet of a group, and references beside them."""
+ACROSS, MOST = 5, 25
+"""Pictures in a row of a group's sheet, references too, and all of its own on it."""
 MEANINGS = {
     "image_score": "100 cosine to the references, mean",
     "text_score": "exp(logit scale) cosine to the prompt, mean",
@@ -89,26 +90,45 @@ def write_table(path: Path, graded: Sequence[Graded]) -> Path:
 
 
 def draw_sheet(result: Graded) -> UInt8[np.ndarray, "h w 3"]:
-    """Draw the first references, and the best pictures, or the first ones, with their scores."""
-    group = result.group
-    chosen = list(result.best) if len(result.best) else list(range(min(SHOWN, len(group.files))))
-    rows = [("pictures", [square(group.files[number]) for number in chosen])]
+    """Draw the pictures with their scores, the best first, and the first references."""
+    group, scores = result.group, [values for values in (result.image, result.text) if len(values)]
+    shown, _ = ranked(result)
+    rows, cells, captions = [], [], []
+    for start in range(0, len(shown), ACROSS):
+        part = shown[start : start + ACROSS]
+        rows.append(f"{start + 1} to {start + len(part)}")
+        cells += _row([square(group.files[number]) for number in part])
+        captions += _row([" / ".join(f"{values[number]:.1f}" for values in scores) for number in part], "")
     if group.references:
-        originals = [square(file) for file in group.references[: len(chosen)]]
-        rows.append(("references", originals))
-    blank = np.full((PICTURE, PICTURE, 3), 255, np.uint8)
-    cells = [row[number] if number < len(row) else blank for _, row in rows for number in range(len(chosen))]
-    labels = [
-        " / ".join(f"{values[number]:.1f}" for values in (result.image, result.text) if len(values))
-        for number in chosen
-    ]
-    axis = " / ".join(
-        name for name, values in (("image score", result.image), ("text score", result.text)) if len(values)
-    )
-    title = group.prompt or group.name
+        rows.append("references")
+        cells += _row([square(file) for file in group.references[:ACROSS]])
+        captions += [""] * ACROSS
+    named = (("image score", result.image), ("text score", result.text))
     return labelled_grid(
-        np.stack(cells), [name for name, _ in rows], labels, title, column_axis=axis, style=GridStyle(cell=PICTURE)
+        np.stack(cells),
+        rows,
+        [""] * ACROSS,
+        group.prompt or group.name,
+        column_axis=" / ".join(name for name, values in named if len(values)),
+        style=GridStyle(cell=PICTURE),
+        captions=captions,
     )
+
+
+def ranked(result: Graded) -> tuple[list[int], str]:
+    """Return the numbers of the first pictures of the sheet, the best first, and by what they are in this order."""
+    if len(result.best):
+        order = best_pictures(result.image, result.text, MOST)
+        return order.tolist(), f"image score + {TEXT_WEIGHT:g} text score"
+    for values, name in ((result.image, "image score"), (result.text, "text score")):
+        if len(values):
+            return np.argsort(-values, kind="stable")[:MOST].tolist(), name
+    return list(range(len(result.group.files)))[:MOST], "name"
+
+
+def _row(items: list[Any], empty: Any = None) -> list[Any]:
+    empty = np.full((PICTURE, PICTURE, 3), 255, np.uint8) if empty is None else empty
+    return items + [empty] * (ACROSS - len(items))
 
 
 def square(file: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -129,8 +149,9 @@ def section_of(result: Graded, sheet: UInt8[np.ndarray, "h w 3"]) -> Section:
             continue
         interval = f"{figures[f'{name}_low']:.3f} to {figures[f'{name}_high']:.3f}" if f"{name}_low" in figures else ""
         rows.append([meaning(name), f"{value:.3f}", interval])
-    chosen = "the best five by image score + 2.5 text score" if len(result.best) else "the first ones"
-    picture = Picture(sheet, f"Pictures: {chosen}, of {len(group.files)}.", wide=True)
+    files, (_, order) = len(group.files), ranked(result)
+    shown = f"The first {MOST} of {files} pictures" if files > MOST else "All pictures"
+    picture = Picture(sheet, f"{shown}, by {order}.", wide=True)
     note = ""
     if group.baseline is not None:
         verdict = "reach" if result.passed else "do not reach"

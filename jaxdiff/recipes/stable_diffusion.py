@@ -69,10 +69,10 @@ class StableDiffusion:
         Raises:
           InputError: the size does not fit the networks.
         """
-        for flag, pixels in (("--height", height), ("--width", width)):
+        for side, pixels in (("height", height), ("width", width)):
             if pixels < 1 or pixels % self.size_divisor:
                 near = max(1, round(pixels / self.size_divisor)) * self.size_divisor
-                raise InputError(f"{flag} must be a multiple of {self.size_divisor} pixels, got {pixels}: try {near}")
+                raise InputError(f"{side} must be a multiple of {self.size_divisor} pixels, got {pixels}: try {near}")
         factor = self.size_divisor
         return height // factor, width // factor, self.unet.config.in_channels
 
