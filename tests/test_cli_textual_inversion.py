@@ -66,6 +66,7 @@ def folders(tmp_path_factory):
         for number in range(2):
             Image.fromarray(photo[40 * number : 40 * number + 60, :80]).save(folder / name / f"{number}.png")
     (folder / "thing" / "broken.png").write_bytes(b"no picture")
+    (folder / "thing" / "telephone.HEIC").write_bytes(b"a picture")
     return folder
 
 
@@ -78,6 +79,7 @@ def test_words_are_learned_and_kept(folders, tmp_path):
     answer = learn(*concepts(folders), *SMALL, "--vectors-per-token=2", f"--out={tmp_path / 'a'}")
     assert answer.code == 0, answer.err
     assert "left out: broken.png" in answer.out
+    assert "left out: telephone.HEIC: only " in answer.out
     assert all(path.exists() for path in answer.written)
     learned = read_learned(tmp_path / "a" / "learned_embeds.safetensors")
     assert {word: row.shape for word, row in learned.items()} == {"<new1>": (2, 64), "<new2>": (2, 64)}

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.folders import SUFFIXES
 from jaxdiff.io.images import is_transparent, read_image, resize_image
 from jaxdiff.io.labelled_images import single_pictures
 from jaxdiff.io.prompts import read_prompts
@@ -51,6 +52,8 @@ TRIES = 100
 """Random squares that are tried; then the one in the middle is taken."""
 LEAST_SHOWN = 0.1
 """Least mean of a mask in a random square, as a share of its mean in the whole picture."""
+OTHER_SUFFIXES = {".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jxl", ".dng"}
+"""Of pictures too, which are told to be left out."""
 LEAST_SIDE = 8
 """Pixels; smaller pictures show nothing."""
 
@@ -191,6 +194,11 @@ def read_views(
         found.append(resize_image(pixels, size))
         if mask is not None:
             cropped_shown += [resize_image(mask[cut], size) for cut in cuts]
+    faults += [
+        f"{path.name}: only {', '.join(sorted(SUFFIXES))} files are read"
+        for path in sorted(folder.expanduser().iterdir())
+        if path.suffix.lower() in OTHER_SUFFIXES
+    ]
     if not found:
         more = f"; the first of {len(faults)} that cannot be read is {faults[0]}" if faults else ""
         raise InputError(f"{what}: {folder}: holds no picture to learn from{more}")

@@ -96,7 +96,7 @@ def draw_sheet(result: Graded) -> UInt8[np.ndarray, "h w 3"]:
     rows, cells, captions = [], [], []
     for start in range(0, len(shown), ACROSS):
         part = shown[start : start + ACROSS]
-        rows.append(f"{start + 1} to {start + len(part)}")
+        rows.append(f"{start + 1} to {start + len(part)}" if len(part) > 1 else str(start + 1))
         cells += _row([square(group.files[number]) for number in part])
         captions += _row([" / ".join(f"{values[number]:.1f}" for values in scores) for number in part], "")
     if group.references:

@@ -93,7 +93,7 @@ def read_adapters(paths: Sequence[Path], params: Params, vocab_size: int) -> lis
         if adapter.base != base:
             raise InputError(
                 f"--adapters {path}: learned with the model of hash {adapter.base}, but this model's is {base}: "
-                "use the model that it was learned with"
+                "use the model that it was learned with, from files of the same precision"
             )
         for name, delta in adapter.deltas.items():
             *word, matrix = name.rsplit(OF, 1)
