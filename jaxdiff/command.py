@@ -96,6 +96,10 @@ def print_commands(program: str, arguments: str, commands: Mapping[str, str], wo
     return 2
 
 
+MAY_BE_EMPTY = {"--negative"}
+"""Flags whose empty value means something."""
+
+
 def parse(command: str, config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
     """Return the config that the flags describe; tyro itself answers --help and flags that it cannot read.
 
@@ -104,7 +108,7 @@ def parse(command: str, config_class: type[ConfigType], args: Sequence[str]) -> 
     """
     for before, arg in pairwise([command, *args]):
         # Else --out "$RUN" with RUN unset would mean the current folder.
-        if not arg or (arg.startswith("--") and arg.endswith("=")):
+        if (not arg or (arg.startswith("--") and arg.endswith("="))) and (arg[:-1] or before) not in MAY_BE_EMPTY:
             raise InputError(f"the value after {arg[:-1] or before} is empty; is a shell variable unset?")
         if any("\ud800" <= letter <= "\udfff" for letter in arg):
             raise InputError(f"{arg!r} is not UTF-8")

@@ -146,6 +146,7 @@ def test_every_mode_of_converted_weights(course, noises, tmp_path):
         assert f"<h2>{title}</h2>" in page
 
 
+@pytest.mark.slow
 def test_noise_i_is_a_function_of_seed_and_i(course, tmp_path):
     _, weights = course
     for number in (2, 3):

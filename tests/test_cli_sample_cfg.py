@@ -77,6 +77,7 @@ def test_several_processes_share_the_images_and_write_the_bytes_of_one(finished_
     }
 
 
+@pytest.mark.slow
 def test_only_missing_images_are_drawn_again_and_those_of_other_settings_all(finished_run, tmp_path):
     run, _ = finished_run
     assert sample(run, tmp_path, "--sample-batch-size=10").code == 0

@@ -60,6 +60,7 @@ def test_several_processes_share_the_pictures_and_write_the_bytes_of_one(tmp_pat
 
 def test_the_defaults_draw_and_a_rerun_draws_only_what_is_missing(tmp_path):
     args = (*SMALL, "--prompt", "a photo of a cat", "zwölf Boxkämpfer", "--num-images=2", f"--out={tmp_path}")
+    args = (*args, "--negative", "")
     answer = draw(*args)
     assert answer.code == 0, answer.err
     assert "random" in answer.out
@@ -267,7 +268,7 @@ def edit(path, **changes):
         (("--prompt=a", "--adjust", "<w>:a", "<w>:b"), "--adjust: one word is given twice"),
         (("--prompt=a", "--adjust-norm=2"), "--adjust-norm has no effect without --adjust"),
         (("--prompt=a", "--adjust=<w>:a", "--adjust-angle=2"), "--adjust-angle must lie in [0, 1], got 2.0"),
-        (("--prompt=a", "--adjust=<w>:a"), "<w> is no word of --embeddings or --adapters, of which none was given"),
+        (("--prompt=<w>", "--adjust=<w>:a"), "<w> is no word of --embeddings or --adapters, of which none was given"),
         (("--prompt=a", "--dtype=float64"), "invalid choice 'float64'"),
     ],
 )  # fmt: skip

@@ -310,8 +310,10 @@ def test_a_hub_that_cannot_be_reached_names_the_way_without_it(tmp_path, monkeyp
         FlaxCLIPModel.from_pretrained("openai/clip-vit-base-patch32", revision="3d74ac", cache_dir=tmp_path)
 
 
-def test_the_cache_of_the_hub_serves_without_a_network(tmp_path, monkeypatch, published, answer):
-    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+@pytest.mark.parametrize("told", [False, True])
+def test_the_cache_of_the_hub_serves_without_a_network(tmp_path, monkeypatch, published, answer, told):
+    monkeypatch.setattr(hub, "is_reachable", lambda: told)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", told)
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
     shutil.copytree(published[0], snapshot)

@@ -312,6 +312,9 @@ def write_checkpoint(path, first, **more):
     }
     state = {**single, **averaged, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
     state |= {"first_stage_model.loss.logvar": torch.zeros(()), "logvar": torch.zeros(1000), **more}
+    # Of DreamBooth's scripts, and of trainers that keep all of CLIP.
+    state |= {"embedding_manager.placeholder": torch.zeros(1)}
+    state |= {"cond_stage_model.transformer.vision_model.post_layernorm.bias": torch.zeros(1)}
     names = "pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
@@ -329,7 +332,7 @@ def test_a_full_checkpoint_of_lightning(tmp_path, first):
     write_checkpoint(tmp_path / "0123abcd", first)
     path = tmp_path / "sd-v1-4.ckpt"
     path.symlink_to(tmp_path / "0123abcd")  # as in the hub's cache
-    converted(path, tmp_path / "a.safetensors")
+    assert "holds averaged weights too, which --ema takes" in converted(path, tmp_path / "a.safetensors").out
     assert_same(load_file(tmp_path / "a.safetensors"), load_file(first / "a.safetensors"))
     converted(path, tmp_path / "out", "--ema", "--tokenizer", first / "vocabulary")
     found = load_file(tmp_path / "out" / "unet" / WEIGHTS["unet"])

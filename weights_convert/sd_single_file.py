@@ -29,6 +29,8 @@ IGNORED = (
     r"model_ema\.(decay|num_updates)",
     r"first_stage_model\.(loss|model_ema)\..*",
     r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids",
+    r"cond_stage_model\.transformer\.vision_model\..*",
+    r"embedding_manager\..*",
     r"cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)",
 )
 """Whole names of what is no part of the networks."""
@@ -117,6 +119,8 @@ def rename(origin: str, source: Mapping[str, np.ndarray], ema: bool) -> LazyTens
         if faults := list_faults(missing=missing, not_expected=unknown):
             raise InputError(f"{origin}: its averaged weights are not of this model ({faults}); drop --ema")
         places |= means
+    elif any(averaged.fullmatch(name) for name in specs):
+        print(f"{origin}: holds averaged weights too, which --ema takes")
     return LazyTensors({name: specs[place] for name, place in places.items()}, lambda name: source[places[name]])
 
 

@@ -57,10 +57,10 @@ def fetch_from_hub(name: str, file: str, revision: str | None, subfolder: str, o
     Raises:
       InputError: the hub has no such model or revision, or cannot be reached and the cache does not hold the model.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download
 
     where = name + (f" (revision {revision})" if revision else "")
-    if not is_reachable():
+    if constants.HF_HUB_OFFLINE or not is_reachable():
         options = {**options, "local_files_only": True}
     try:
         return Path(hf_hub_download(name, file, revision=revision, subfolder=subfolder or None, **options))

@@ -63,6 +63,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "tensor_format": ("pt", "np"),
 }
 """Keys with the few values that jaxdiff has, of any class."""
+SOLVERS = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
+OF_SOLVERS = {"solver_order", "solver_type", "lower_order_final", "euler_at_final", "predict_x0", "disable_corrector"}
+"""Keys of those alone."""
 WITHOUT_EFFECT = {
     "dynamic_thresholding_ratio",
     "sample_max_value",
@@ -107,7 +110,9 @@ def translate_scheduler(path: Path | str, config: Mapping[str, Any]) -> Schedule
     if kind == "PNDMScheduler" and not given.get("skip_prk_steps", False):
         _say_no_runge_kutta(path)
     for name, values in FIXED.items():
-        if name in given and not any(given[name] == value for value in values):
+        # Files keep what another class had.
+        foreign = name in OF_SOLVERS and kind not in SOLVERS
+        if name in given and not foreign and not any(given[name] == value for value in values):
             raise InputError(f"{path}: {name} is {given[name]!r}; jaxdiff only has {', '.join(map(repr, values))}")
     fields = _fields_of(path, given, kind)
     if fields["clip_sample"] and fields["clip_sample_range"] != 1:

@@ -1,7 +1,7 @@
 """The Stable Diffusion that the flags name: its networks, its parameters, its learned words, and what it would take."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,19 +126,24 @@ def check_said(settings: LatentModelSettings, texts: Sequence[str]) -> None:
         words = read_learned(path)
         if not any(word in text for word in words for text in texts):
             raise InputError(
-                f"--embeddings {path}: no prompt says {' or '.join(map(repr, words))}, which is what the file holds: "
+                f"--embeddings {path}: no prompt says {name_some(words)}, which is what the file holds: "
                 "say it, or drop the file"
             )
     for path in settings.adapters:
         adapter = read_adapter(path)
         if not any(word in text for word in adapter.words for text in texts):
-            missing = f"--adapters {path}: no prompt says {' or '.join(map(repr, adapter.words))}"
+            missing = f"--adapters {path}: no prompt says {name_some(adapter.words)}"
             if not of_all(adapter.deltas):
                 raise InputError(f"{missing}, and it changes nothing else: say it, or drop the file")
             print(f"{missing}; its matrices change the pictures nevertheless")
     for word in (text.rsplit(":", 1)[0] for text in settings.adjust):
         if not any(word in text for text in texts):
             raise InputError(f"--adjust: no prompt says {word!r}: say it, or drop it from --adjust")
+
+
+def name_some(words: Collection[str]) -> str:
+    """Return a few words for a message."""
+    return " or ".join(map(repr, list(words)[:3])) + (f" or {len(words) - 3} more" if len(words) > 3 else "")
 
 
 def add_learned(learned: Learned, more: Learned, what: str) -> Learned:
