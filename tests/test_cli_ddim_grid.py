@@ -97,7 +97,7 @@ def test_the_courses_delivery(course, noises, tmp_path):
         assert np.abs(picture(tmp_path / f"{name}.png") - pixels).max() < 0.6
 
 
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("clip", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_pictures_of_diffusers_pipeline(noises, tmp_path, monkeypatch, clip):
     twin = make_twin(spread=0.03)
     settings = {"beta_start": 1e-4, "beta_end": 0.02, "set_alpha_to_one": False, "steps_offset": 1}

@@ -86,6 +86,9 @@ def test_the_defaults_draw_and_a_rerun_draws_only_what_is_missing(tmp_path):
     assert os.stat(tmp_path / "000_000.png").st_mtime_ns == kept
     assert "2 of 4" not in draw(*args, "--seed=1").out
     assert np.abs(pixels(tmp_path, 1, 1).astype(int) - first).max() > 0
+    fewer = draw(*SMALL, "--prompt=a photo of a cat", f"--out={tmp_path}")
+    assert "pictures of earlier runs that stay in" in fewer.out
+    assert ": 3, such as 000_001.png" in fewer.out
 
 
 def test_learned_words_of_a_file_reach_the_picture(tmp_path):

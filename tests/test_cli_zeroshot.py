@@ -243,7 +243,8 @@ def test_tiny_digits_is_trained_once_and_read_like_any_model(tmp_path, monkeypat
     assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 1
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
 def test_several_processes_share_the_pictures_and_write_the_answers_of_one(
     tmp_path, checkpoint, pictures, labels, number
 ):

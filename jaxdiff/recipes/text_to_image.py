@@ -226,6 +226,10 @@ def draw_missing(drawing: TextToImage, prompts: Sequence[str], jobs: Sequence[Jo
     own = [new[place] for place in own_share(len(new))]
     if old:
         print(f"{old} of {len(jobs)} pictures are there already")
+    named = {job.file for job in jobs}
+    others = [path for path in folder.glob("*.png") if path.name not in named and ABOUT in read_png_texts(path)]
+    if others:
+        print(f"pictures of earlier runs that stay in {folder}: {len(others)}, such as {min(others).name}")
     first, timed = time.perf_counter(), 0
     if own:
         with progress_bar(len(own), "drawing", "image") as bar:
