@@ -144,6 +144,7 @@ def test_the_best_checkpoint_is_the_one_of_lowest_loss_on_any_number_of_devices(
     assert record["hashes"]["ema_params"] != results(copied_run)["hashes"]["ema_params"]
 
 
+@pytest.mark.slow
 def test_a_smaller_delivery_leaves_no_picture_of_the_larger_one(finished_run, tmp_path):
     folder = tmp_path / "samples" / DOMAINS[0]
     folder.mkdir(parents=True)

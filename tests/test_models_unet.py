@@ -94,6 +94,7 @@ def test_help_states_the_parameter_counts():
         assert f"{name} {millions:.1f} M" in help_text
 
 
+@pytest.mark.slow
 def test_a_fresh_network_predicts_zero():
     net = UNet(dataclasses.replace(SMALL, num_classes=3, num_domains=2))
     labels = jnp.array([0, 3]), jnp.array([1, 2])
