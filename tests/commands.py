@@ -30,7 +30,7 @@ TINY_RUN = [
 def xla_flags(devices: int) -> str:
     """Return what XLA_FLAGS asks for in tests: so many CPU devices, and quick compilation.
 
-    XLA's older code for fusions computes the same and is compiled a third faster.
+    XLA's older code for fusions rounds a little otherwise and is compiled a third faster.
     """
     return f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
 

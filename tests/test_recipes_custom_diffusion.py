@@ -28,7 +28,7 @@ from jaxdiff.recipes.learned_words import TABLE, get_leaf, set_leaf
 from jaxdiff.recipes.merging import everyday_captions, features_of_words, make_merge
 from jaxdiff.recipes.stable_diffusion import encode_texts
 from jaxdiff.recipes.text_to_image_model import prepare
-from jaxdiff.recipes.textual_inversion import make_inversion_loss, make_latent_loss, with_rows
+from jaxdiff.recipes.textual_inversion import make_inversion_loss, make_latent_loss, with_rows, with_trained
 from jaxdiff.recipes.training import create_state, fit, image_keys_at, make_train_step
 from jaxdiff.text2image_settings import LatentModelSettings, PictureSettings
 
@@ -60,7 +60,6 @@ def random_deltas(params, seed: int, scale: float = 0.05) -> dict[str, np.ndarra
 @pytest.mark.slow
 def test_ten_steps_of_keys_values_and_rows_are_those_of_torch_and_nothing_else_moves(world):  # noqa: F811
     theirs, model, params, rows, batch_at, *_ = world
-    before = jax.tree.map(np.array, params)
     twin = CustomTwin(StableDiffusionPipeline.from_pretrained(theirs.config._name_or_path), rows)
     others = {name: value.clone() for name, value in twin.unet.state_dict().items() if name not in twin.matrices}
     names = text_matrices(params)
@@ -97,11 +96,14 @@ def test_ten_steps_of_keys_values_and_rows_are_those_of_torch_and_nothing_else_m
         found = np.asarray(flat[name] + last.state.params[name])
         np.testing.assert_allclose(found, twin.matrices[torch_name(name)].detach().numpy().T, rtol=0, atol=1e-4)
         assert np.abs(last.state.params[name]).max() > 0.5 * RATE
-    jax.tree.map(np.testing.assert_array_equal, params, before)
     for name, value in others.items():
         assert torch.equal(twin.unet.state_dict()[name], value)
-    changed = flatten_params(with_deltas(params, {name: last.state.params[name] for name in names})["unet"])
-    assert {name for name in flat if np.any(changed[name] != flat[name])} == set(names)
+    drawn, before = (flatten_params(tree) for tree in (with_trained(params, last.state.params, list(rows)), params))
+    table = ".".join(TABLE)
+    assert {name for name in before if name != table and np.any(drawn[name] != before[name])} == {
+        f"unet.{name}" for name in names
+    }
+    np.testing.assert_array_equal(drawn[table][: len(twin.old)], before[table])
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])

@@ -83,7 +83,6 @@ def learning(world):  # noqa: F811
 @pytest.mark.slow
 def test_ten_steps_are_those_of_torch_and_nothing_else_moves(learning):
     _, params, start, loss_fn, batch_at, twin, matrices = learning
-    before = jax.tree.map(np.array, params)
     mesh, key = make_mesh(1), jax.random.key(3)
     kinds = {name: "matrices" if name in matrices else "rows" for name in start}
     optimizer = optax.multi_transform(
@@ -113,7 +112,6 @@ def test_ten_steps_are_those_of_torch_and_nothing_else_moves(learning):
         assert np.abs(last.state.params[name]).max() > 0.5 * RATE
     for word in start.keys() - matrices.keys():
         np.testing.assert_array_equal(last.state.params[word], start[word])
-    jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
 @pytest.fixture(scope="module")
