@@ -14,6 +14,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxdiff.io.weight_files import forget_weights
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -24,6 +26,12 @@ def unchecked(monkeypatch):
     from jaxtyping import config
 
     monkeypatch.setattr(config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(autouse=True)
+def no_weights_on_record():
+    """Begin each test as a command begins: without a record of weights read by those before it in this process."""
+    forget_weights()
 
 
 @pytest.fixture(scope="session")

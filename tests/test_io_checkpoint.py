@@ -11,7 +11,7 @@ import pytest
 from jaxdiff.errors import InputError
 from jaxdiff.io import checkpoint
 from jaxdiff.io.checkpoint import DIGESTS, Checkpoints
-from jaxdiff.io.weight_files import forget_weights, weight_files
+from jaxdiff.io.weight_files import weight_files
 from jaxdiff.mesh import make_mesh
 from jaxdiff.recipes.training import create_state, make_optimizer
 
@@ -151,7 +151,6 @@ def test_a_folder_that_is_only_called_like_a_number_is_left_alone(saved):
 
 
 def test_the_digests_of_what_was_read_are_on_record(saved):
-    forget_weights()
     Checkpoints(saved).restore(state_at(0))
     assert weight_files() == {}  # a run that goes on writes its own
     Checkpoints(saved, read_only=True).restore(state_at(0), 4)

@@ -4,7 +4,6 @@ Python runs its handlers between two of its own instructions, and a compiled pro
 thread is told of every signal too: it ends a process that is too busy to notice, unless there is work to be saved.
 """
 
-import _thread
 import contextlib
 import os
 import select
@@ -55,6 +54,7 @@ class StopRequest:
         _at_stake.set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        _swallowed.clear()
         if self.requested:
             return  # the thread ends the process, unless it is the first one again
         self.requested = True
@@ -75,7 +75,7 @@ def obey_signals(sentence: str) -> Iterator[None]:
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handler = signal.signal(signal.SIGTERM, _interrupt)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     report = sys.unraisablehook
     _swallowed.clear()
@@ -87,7 +87,7 @@ def obey_signals(sentence: str) -> Iterator[None]:
             report(unraisable)
 
     sys.unraisablehook = raise_again
-    thread = threading.Thread(target=_watch, args=(reading, sentence), daemon=True)
+    thread = threading.Thread(target=_watch, args=(reading, threading.get_ident(), sentence), daemon=True)
     thread.start()
     _watched.set()
     try:
@@ -95,29 +95,35 @@ def obey_signals(sentence: str) -> Iterator[None]:
     finally:
         sys.unraisablehook = report
         _watched.clear()
+        _swallowed.clear()
         signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGTERM, handler)
         os.close(writing)  # ends the thread
         thread.join()
         os.close(reading)
+        signal.signal(signal.SIGTERM, handler)  # now, because the thread sends it
 
 
-def _watch(reading: int, sentence: str) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _swallowed.clear()
+    raise KeyboardInterrupt
+
+
+def _watch(reading: int, main: int, sentence: str) -> None:
     """Read the numbers of signals from a pipe until it is closed; end the process where they are not obeyed."""
     first: float | None = None
     own = 0  # signals that come from here
     while True:
         if _swallowed.is_set():
-            _swallowed.clear()
+            # Again and again until a handler runs, because one that comes just before a sleep does not end it.
             own += 1
-            _thread.interrupt_main()
+            signal.pthread_kill(main, signal.SIGTERM)
         if select.select([reading], [], [], None if first is None else 0.1)[0]:
             numbers = os.read(reading, 64)
             if not numbers:
                 return
             stops = [number for number in numbers if number in (signal.SIGINT, signal.SIGTERM)]
-            while own and signal.SIGINT in stops:
-                stops.remove(signal.SIGINT)
+            while own and signal.SIGTERM in stops:
+                stops.remove(signal.SIGTERM)
                 own -= 1
             if stops and first is None:
                 first = time.monotonic()
