@@ -6,7 +6,7 @@ from typing import Literal
 
 from jaxdiff.errors import InputError
 
-SamplerName = Literal["ddim", "ddpm", "euler", "heun", "dpm++2m", "dpm++2m-sde", "unipc", "pndm"]
+SamplerName = Literal["ddim", "ddpm", "euler", "euler-ancestral", "heun", "dpm++2m", "dpm++2m-sde", "unipc", "pndm"]
 Spacing = Literal["leading", "trailing", "linspace", "karras"]
 Threshold = Literal["static", "dynamic", "none"]
 
@@ -134,7 +134,8 @@ class SamplingSettings:
 
     sampler: SamplerName = "ddim"
     """DDPM ancestral (arXiv 2006.11239), DDIM (2010.02502), Euler or Heun (2206.00364; Heun evaluates twice a step),
-    DPM-Solver++ 2M or its SDE form (2211.01095), UniPC (2302.04867), PNDM (2202.09778)."""
+    Euler ancestral (as in k-diffusion), DPM-Solver++ 2M or its SDE form (2211.01095), UniPC (2302.04867), PNDM
+    (2202.09778)."""
     num_steps: int = 25
     """Sampling steps, 1 to T."""
     spacing: Spacing = "trailing"

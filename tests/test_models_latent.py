@@ -90,12 +90,17 @@ def test_the_autoencoder_is_that_of_diffusers(tmp_path, changes):
     with torch.no_grad():
         expected = twin.encode(torch.from_numpy(images)).latent_dist
         decoded = twin.decode(torch.from_numpy(latents)).sample
+        there_and_back = twin(torch.from_numpy(images)).sample
     model, params = FlaxAutoencoderKL.from_pretrained(tmp_path)
     variables = {"params": params}
     found = jax.jit(model.encode)(variables, images).latent_dist
     np.testing.assert_allclose(np.moveaxis(found.mean, -1, 1), expected.mean.numpy(), **CLOSE)
     np.testing.assert_allclose(np.moveaxis(found.log_variance, -1, 1), expected.logvar.numpy(), **CLOSE)
     np.testing.assert_allclose(jax.jit(model.decode)(variables, latents).sample, decoded.numpy(), **CLOSE)
+    # As old training scripts call it.
+    encoded = model.apply(variables, images, deterministic=True, method=model.encode)
+    np.testing.assert_allclose(encoded.latent_dist.mean, found.mean, **CLOSE)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, images).sample, there_and_back.numpy(), **CLOSE)
 
 
 def test_latents_are_drawn_with_the_variance_of_each():

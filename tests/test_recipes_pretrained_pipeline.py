@@ -1,5 +1,6 @@
 """The whole pipeline against diffusers' torch pipeline, from the same weights, prompts and starting noise."""
 
+import itertools
 import json
 import re
 import shutil
@@ -16,13 +17,16 @@ from clip_vocabulary import vocabulary, write_vocabulary
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers import scheduling_euler_ancestral_discrete
 from stable_diffusion_twins import SCHEDULER, SIDE, make_pipeline, make_standard_pipeline, make_unet
 from transformers import CLIPTokenizer
 
@@ -127,6 +131,39 @@ def test_another_sampler_is_that_of_from_config(folder, loaded, encoded, tmp_pat
     assert_same_latents(folder, loaded, encoded, tmp_path, scheduler, name.split(",")[0], spacing)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", pytest.param("leading", marks=pytest.mark.slow)])
+def test_euler_ancestral_is_that_of_diffusers_with_the_same_noise(
+    folder, loaded, encoded, tmp_path, monkeypatch, spacing
+):
+    scheduler = EulerAncestralDiscreteScheduler(**{**LEADING, "timestep_spacing": spacing})
+    keys, drawn = jax.random.split(jax.random.key(0), 2), itertools.count(1)
+
+    def draw(shape, **_):
+        number = next(drawn)
+        ours = [jax.random.normal(jax.random.fold_in(key, number), (SIDE, SIDE, 4)) for key in keys]
+        return torch.from_numpy(np.moveaxis(np.stack(ours), -1, 1).copy())
+
+    monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", draw)
+    assert_same_latents(folder, loaded, encoded, tmp_path, scheduler)
+    assert next(drawn) == 11
+
+
+def test_a_model_whose_sampler_is_missing_is_drawn_with_another(folder, loaded, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    LMSDiscreteScheduler(**BETAS).save_pretrained(path.parent)
+    with pytest.raises(InputError, match=r"is LMSDiscreteScheduler, which .* choose --sampler ddim, ddpm, eu"):
+        FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "model", sampler="euler")
+    theirs = StableDiffusionPipeline.from_pretrained(
+        folder, scheduler=EulerDiscreteScheduler.from_pretrained(path.parent)
+    )
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(PROMPTS, num_inference_steps=3, latents=torch.from_numpy(noise()), output_type="np").images
+    found = pipeline(pipeline.prepare_inputs(PROMPTS), params, jax.random.key(0), 3, latents=noise()).images
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 def assert_same_latents(folder, loaded, encoded, place, scheduler, sampler=None, spacing=None):
     """Compare one's latents with those of diffusers; without a sampler, save the scheduler and read it."""
     theirs = StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler)
@@ -212,7 +249,7 @@ def test_numbers_that_are_not_finite_stop_the_drawing(loaded):
         tree = {**params[part], leaf: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params[part][leaf])}
         return {**params, part: tree}
 
-    with pytest.raises(InputError, match="not finite after evaluation 1 of the UNet"):
+    with pytest.raises(InputError, match="not finite after step 1 of 2, at timestep 501: lower"):
         pipeline(ids, spoil("unet", "conv_out"), key, 2)
     with pytest.raises(InputError, match="the decoded pictures are not finite"):
         pipeline(ids, spoil("vae", "post_quant_conv"), key, 2)
@@ -253,6 +290,9 @@ def test_a_script_of_old_runs_as_it_is(loaded):
     pictures = pipeline.numpy_to_pil(images)
     assert len(pictures) == devices
     assert pictures[0].size == (2 * SIDE, 2 * SIDE)
+    held = pipeline._placed
+    pipeline(sharded, replicated, seeds, 3, jit=True)
+    assert pipeline._placed is held  # not copied again
     # One device draws what each of eight draws.
     alone = pipeline(prompt_ids[:1], params, seeds[2], 3).images
     np.testing.assert_allclose(images[2], alone, rtol=0, atol=1e-4)
@@ -394,13 +434,14 @@ def test_the_plain_file_comes_before_a_variant_unless_that_is_asked_for(folder, 
 def test_options_that_are_not_known_are_refused_by_name(folder, tmp_path, name):
     place = folder if name == "folder" else name
     for kind, where in (FlaxStableDiffusionPipeline, place), (FlaxUNet2DConditionModel, place):
-        for option in ("scheduler", "torch_dtype", "use_auth_token"):
+        for option in ("scheduler", "torch_dtype"):
             with pytest.raises(InputError, match=f"{option}= is an option that jaxdiff does not have") as found:
                 kind.from_pretrained(where, **{option: "a secret"})
             assert "a secret" not in str(found.value)
     if name == "folder":
         options = {"cache_dir": tmp_path, "token": False, "local_files_only": True}
         FlaxUNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
+        FlaxUNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_auth_token=False)
     with pytest.raises(InputError, match="safety_checker and feature_extractor must be None"):
         FlaxStableDiffusionPipeline.from_pretrained(place, safety_checker=torch.nn.Identity())
 
@@ -476,7 +517,7 @@ def test_narrow_parameters_are_never_wide_in_memory(tmp_path):
         (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder: "),
         (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler/scheduler_config.json"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "has no tokenizer"),
-        (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="LMSDiscreteScheduler"), "has DD"),
+        (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="KarrasVeScheduler"), "has DD"),
         (lambda f: edit(f / "unet" / "config.json", dual_cross_attention=True), "dual_cross_attention is True"),
         (lambda f: edit(f / "unet" / "config.json", magic=1), "magic is 1, but jaxdiff does not know this key"),
         (lambda f: edit(f / "unet" / "config.json", layers_per_block=2), "missing: "),

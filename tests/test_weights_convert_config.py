@@ -3,6 +3,7 @@
 import json
 import re
 
+import diffusers
 import jax
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
@@ -20,7 +22,7 @@ from diffusers import (
 )
 
 from jaxdiff.errors import InputError
-from jaxdiff.recipes.diffusers_scheduler import read_scheduler
+from jaxdiff.recipes.diffusers_scheduler import WITHOUT_SAMPLER, read_scheduler
 from jaxdiff.recipes.pretrained_unet import ForwardProcess, SamplingDefaults, unet_shapes
 from weights_convert.diffusers_config import translate_unet
 
@@ -51,6 +53,12 @@ from weights_convert.diffusers_config import translate_unet
         ),
         (PNDMScheduler(steps_offset=1), ForwardProcess(), SamplingDefaults("leading", 1, 0, False), "pndm"),
         (EulerDiscreteScheduler(), ForwardProcess(), SamplingDefaults("linspace", 0, -1, False), "euler"),
+        (
+            EulerAncestralDiscreteScheduler(timestep_spacing="trailing"),
+            ForwardProcess(),
+            SamplingDefaults("trailing", 0, -1, False),
+            "euler-ancestral",
+        ),
         (
             HeunDiscreteScheduler(),
             ForwardProcess(beta_start=0.00085, beta_end=0.012),
@@ -83,6 +91,20 @@ def test_schedulers_in_our_words(tmp_path, scheduler, diffusion, sampling, sampl
     )
     assert read_scheduler(path)[0] == diffusion
     np.testing.assert_allclose(found.make_schedule().alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", WITHOUT_SAMPLER)
+def test_a_scheduler_without_a_sampler_here_still_tells_how_the_network_was_trained(tmp_path, name):
+    try:
+        scheduler = getattr(diffusers, name)()
+    except ImportError as error:
+        pytest.skip(str(error))
+    scheduler.save_pretrained(tmp_path)
+    found, defaults, own = read_scheduler(tmp_path / "scheduler_config.json")
+    assert own == name
+    np.testing.assert_allclose(found.make_schedule().alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7)
+    other = EulerDiscreteScheduler.from_pretrained(tmp_path)
+    assert defaults["euler"].spacing == other.config.timestep_spacing
 
 
 @pytest.mark.parametrize(

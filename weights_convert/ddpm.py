@@ -73,7 +73,7 @@ def convert_folder(name: str, folder: Path) -> tuple[dict[str, Any], PretrainedC
     diffusion, sampling = ForwardProcess(), SamplingDefaults()
     if found:
         diffusion, defaults, sampler = read_scheduler(found[0])
-        sampling = defaults[sampler]
+        sampling = next((of for name, of in defaults.items() if name == sampler), defaults["ddim"])
     else:
         print(f"{name}: no scheduler_config.json, so schedule and sampling are set as in DDPM (arXiv 2006.11239)")
     weights = find_weights(model, WEIGHTS_OF_DIFFUSERS)

@@ -19,6 +19,8 @@ FIRST_ASKED = ("config.json", "model_index.json")
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 OPTIONS = ("cache_dir", "token", "local_files_only")
 """Those of huggingface_hub's `hf_hub_download` that may be given; a folder needs none of them."""
+OLD_TOKEN = "use_auth_token"
+"""What old scripts call `token`."""
 
 
 def open_model(name_or_path: str | Path, revision: str | None = None, subfolder: str = "", **options: Any) -> Fetch:
@@ -33,6 +35,8 @@ def open_model(name_or_path: str | Path, revision: str | None = None, subfolder:
     Raises:
       InputError: no such folder and no possible hub name, a revision of a folder, or an option that is not known.
     """
+    if OLD_TOKEN in options:
+        options.setdefault("token", options.pop(OLD_TOKEN))
     if unknown := [option for option in options if option not in OPTIONS]:
         raise InputError(
             f"{name_or_path}: {unknown[0]}= is an option that jaxdiff does not have; of the hub's it takes "

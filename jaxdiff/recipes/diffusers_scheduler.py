@@ -24,6 +24,10 @@ SCHEDULERS: dict[str, tuple[SamplerName, dict[str, Any]]] = {
     "DDIMScheduler": ("ddim", {**_BETAS, **_STEPS, **_CLIPS, **_TERMINAL, "set_alpha_to_one": True}),
     "PNDMScheduler": ("pndm", {**_BETAS, **_STEPS, "set_alpha_to_one": False}),
     "EulerDiscreteScheduler": ("euler", {**_LINSPACE, **_TERMINAL}),
+    "EulerAncestralDiscreteScheduler": (
+        "euler-ancestral",
+        {**_BETAS, **_STEPS, "timestep_spacing": "linspace", **_TERMINAL},
+    ),
     "HeunDiscreteScheduler": (
         "heun",
         {**_LINSPACE, "beta_start": 0.00085, "beta_end": 0.012, **_CLIPS, "clip_sample": False},
@@ -32,6 +36,21 @@ SCHEDULERS: dict[str, tuple[SamplerName, dict[str, Any]]] = {
     "UniPCMultistepScheduler": ("unipc", {**_LINSPACE, **_TERMINAL}),
 }
 """By class: the sampler that it is, and the defaults of the keys that may vary."""
+_KARRAS = {**_LINSPACE, "beta_start": 0.00085, "beta_end": 0.012}
+_FEW_STEPS = {**_BETAS, **_STEPS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+              **_CLIPS, "clip_sample": False, **_TERMINAL, "set_alpha_to_one": True}  # fmt: skip
+WITHOUT_SAMPLER: dict[str, dict[str, Any]] = {
+    "LMSDiscreteScheduler": _LINSPACE,
+    "DEISMultistepScheduler": _LINSPACE,
+    "DPMSolverSinglestepScheduler": _LINSPACE,
+    "SASolverScheduler": _LINSPACE,
+    "KDPM2DiscreteScheduler": _KARRAS,
+    "KDPM2AncestralDiscreteScheduler": _KARRAS,
+    "DPMSolverSDEScheduler": _KARRAS,
+    "LCMScheduler": _FEW_STEPS,
+    "TCDScheduler": _FEW_STEPS,
+}
+"""Classes whose files tell how the network was trained, but whose sampler jaxdiff does not have: the same defaults."""
 STOCHASTIC: SamplerName = "dpm++2m-sde"
 """The sampler of the same class as `dpm++2m` and another algorithm_type."""
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -74,14 +93,25 @@ WITHOUT_EFFECT = {
     "lambda_min_clipped",
 }
 """Keys that mean nothing where the keys above have those values."""
+OF_OTHERS = {
+    "original_inference_steps",
+    "timestep_scaling",
+    "predictor_order",
+    "corrector_order",
+    "tau_func",
+    "noise_sampler_seed",
+}
+"""Keys that only classes have whose sampler jaxdiff does not have."""
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 SPACINGS = {name: name for name in ("leading", "trailing", "linspace")}
 
 
-Scheduler = tuple[ForwardProcess, dict[SamplerName, SamplingDefaults], SamplerName]
-"""How a network was trained, how each sampler goes through the timesteps, and which sampler is its own."""
+Scheduler = tuple[ForwardProcess, dict[SamplerName, SamplingDefaults], str]
+"""How a network was trained, how each sampler goes through the timesteps, and which sampler is its own.
+
+The last is the name of the class where jaxdiff does not have its sampler."""
 
 
 def read_scheduler(path: Path) -> Scheduler:
@@ -106,7 +136,7 @@ def translate_scheduler(path: Path | str, config: Mapping[str, Any]) -> Schedule
     if isinstance(given.get("_class_name"), str):
         # The Flax classes, whose files begin so, differ in nothing that is written here.
         given["_class_name"] = given["_class_name"].removeprefix("Flax")
-    kind = check_class(path, given, SCHEDULERS)
+    kind = check_class(path, given, {**SCHEDULERS, **WITHOUT_SAMPLER})
     if kind == "PNDMScheduler" and not given.get("skip_prk_steps", False):
         _say_no_runge_kutta(path)
     for name, values in FIXED.items():
@@ -117,8 +147,10 @@ def translate_scheduler(path: Path | str, config: Mapping[str, Any]) -> Schedule
     fields = _fields_of(path, given, kind)
     if fields["clip_sample"] and fields["clip_sample_range"] != 1:
         raise InputError(f"{path}: clip_sample_range is {fields['clip_sample_range']!r}; jaxdiff only has 1")
-    kinds = {"dpmsolver++": SCHEDULERS[kind][0], "sde-dpmsolver++": STOCHASTIC}
-    sampler = look_up(path, "algorithm_type", fields, kinds)
+    sampler = kind
+    if kind in SCHEDULERS:
+        kinds = {"dpmsolver++": SCHEDULERS[kind][0], "sde-dpmsolver++": STOCHASTIC}
+        sampler = look_up(path, "algorithm_type", fields, kinds)
     diffusion = {
         "schedule": look_up(path, "beta_schedule", fields, SCHEDULES),
         "num_train_timesteps": fields["num_train_timesteps"],
@@ -136,8 +168,8 @@ def translate_scheduler(path: Path | str, config: Mapping[str, Any]) -> Schedule
 
 def _fields_of(path: Path | str, given: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return what the file says to a class, with that one's defaults."""
-    defaults = SCHEDULERS[kind][1]
-    everywhere = {*FIXED, *WITHOUT_EFFECT, *(name for _, other in SCHEDULERS.values() for name in other)}
+    defaults = SCHEDULERS[kind][1] if kind in SCHEDULERS else WITHOUT_SAMPLER[kind]
+    everywhere = {*FIXED, *WITHOUT_EFFECT, *OF_OTHERS, *(name for _, other in SCHEDULERS.values() for name in other)}
     own = {name: value for name, value in given.items() if name in defaults or name not in everywhere}
     return {
         "clip_sample": False,

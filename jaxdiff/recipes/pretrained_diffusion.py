@@ -7,7 +7,7 @@ As in diffusers, `from_pretrained` gives the model and, apart from it, its param
 with channels second; inside jaxdiff, use `module`, which has them last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -78,9 +78,14 @@ class FlaxUNet2DConditionModel(_DiffusionBase):
         }
 
     def apply(
-        self, variables: Mapping[str, Any], sample: ArrayLike, timesteps: ArrayLike, encoder_hidden_states: ArrayLike
+        self,
+        variables: Mapping[str, Any],
+        sample: ArrayLike,
+        timesteps: ArrayLike,
+        encoder_hidden_states: ArrayLike,
+        train: bool = False,
     ) -> FlaxUNet2DConditionOutput:
-        """Predict; `sample` has channels second, and so has the prediction."""
+        """Predict; `sample` has channels second, and so has the prediction. `train` changes nothing: no dropout."""
         sample = jnp.transpose(jnp.asarray(sample), (0, 2, 3, 1))
         t = jnp.broadcast_to(jnp.asarray(timesteps), sample.shape[:1])
         predicted: Any = self.module.apply(dict(variables), sample, t, jnp.asarray(encoder_hidden_states))
@@ -114,6 +119,21 @@ class FlaxAutoencoderKL(_DiffusionBase):
         images = jnp.transpose(jnp.asarray(sample), (0, 2, 3, 1))
         moments: Any = self.module.apply(dict(variables), images, method="encode")
         return FlaxAutoencoderKLOutput(moments)
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        sample: ArrayLike,
+        deterministic: bool = True,
+        method: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Call `method`, which is `encode` or `decode`; None encodes pixels, takes the mean, and decodes it.
+
+        `deterministic` changes nothing: there is no dropout.
+        """
+        if method is not None:
+            return method(variables, sample)
+        return self.decode(variables, self.encode(variables, sample).latent_dist.mean)
 
     def decode(self, variables: Mapping[str, Any], latents: ArrayLike) -> FlaxDecoderOutput:
         """Decode latents that are not scaled, channels second or, as diffusers also takes them, last."""

@@ -11,6 +11,7 @@ for research, and the published one both misses and blocks too much (arXiv 2210.
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,9 @@ from jaxdiff.recipes.stable_diffusion import (
     encode_texts,
     make_latent_sampler,
     make_process,
+    own_sampler,
 )
+from jaxdiff.settings import SamplerName
 
 
 class FlaxStableDiffusionPipelineOutput(NamedTuple):
@@ -78,7 +81,7 @@ class FlaxStableDiffusionPipeline:
         self.model, self.attention = choose_attention(model)
         self.dtype = unet.dtype
         self._files = files
-        self._placed: tuple[Any, Mesh, Params] | None = None
+        self._placed: tuple[Any, bool, Mesh, Params] | None = None
         self._samplers: dict[Any, Any] = {}
         self._encode = jax.jit(lambda params, ids: encode_texts(self.model, params, ids))
         self._decode = jax.jit(lambda params, latents: decode_latents(self.model, params, latents))
@@ -91,6 +94,7 @@ class FlaxStableDiffusionPipeline:
         revision: str | None = None,
         dtype: DTypeLike = jnp.float32,
         decode_dtype: DTypeLike | None = None,
+        sampler: SamplerName | None = None,
         from_pt: bool = False,
         variant: str | None = None,
         safety_checker: Any = None,
@@ -105,6 +109,7 @@ class FlaxStableDiffusionPipeline:
           revision: branch, tag or commit on the hub.
           dtype: what text encoder and UNet compute in, and the type of their parameters.
           decode_dtype: the same for the autoencoder; None means float32, because many of them overflow in float16.
+          sampler: how to draw, with the settings that the published scheduler has; None means as published.
           from_pt: pass over msgpack files.
           variant: word before the ending of the networks' files, such as fp16; None means the plain files first.
           safety_checker: for the sake of old scripts, which give None; there is none.
@@ -116,13 +121,15 @@ class FlaxStableDiffusionPipeline:
 
         Raises:
           InputError: files are missing, damaged or another model's, hold numbers too large for their type, or the hub
-            cannot be reached; or an option is not known.
+            cannot be reached; or an option or the sampler is not known.
         """
         if safety_checker is not None or feature_extractor is not None:
             raise InputError("safety_checker and feature_extractor must be None: jaxdiff has neither")
         name = str(name_or_path)
         dtypes = {"text_encoder": dtype, "unet": dtype, "vae": decode_dtype or jnp.float32}
         models, model = read_models(name, revision, dtypes, **options)
+        model = replace(model, sampler=sampler or model.sampler)
+        own_sampler(model)  # known before anything large is read
         params = {}
         for part, network in models.items():
             fetch = open_model(name, revision, part, **options)
@@ -210,7 +217,6 @@ class FlaxStableDiffusionPipeline:
         avoided = self.prepare_inputs([""]) if neg_prompt_ids is None else jnp.asarray(neg_prompt_ids)
         keys = [prng_seed]
         if jit:
-            params = jax.tree.map(lambda leaf: leaf[0], params)
             keys, ids = list(prng_seed), ids.reshape(-1, ids.shape[-1])
             avoided = avoided.reshape(-1, avoided.shape[-1])
         if len(avoided) not in (1, len(ids)):
@@ -228,19 +234,21 @@ class FlaxStableDiffusionPipeline:
                 raise InputError(f"latents: shape {noise.shape}, but these prompts need {(len(ids), *share[1:])}")
             if not np.isfinite(noise).all():
                 raise InputError("latents: not all numbers are finite")
-        images = self._draw(params, ids, jnp.asarray(avoided), noise, keys[0], num_inference_steps, float(scales[0]))
+        mesh = make_mesh(max(n for n in range(1, jax.device_count() + 1) if len(ids) % n == 0))
+        params = self._place(params, jit, mesh)
+        images = self._draw(
+            params, ids, jnp.asarray(avoided), noise, keys[0], num_inference_steps, float(scales[0]), mesh
+        )
         if jit:
             images = images.reshape(len(keys), -1, *images.shape[1:])
         return FlaxStableDiffusionPipelineOutput(images) if return_dict else (images, None)
 
-    def _draw(self, params, ids, avoided, noise, key, num_steps: int, guidance_scale: float) -> np.ndarray:
-        """Return pictures in [0, 1]; the batch is split over as many devices as it splits over."""
+    def _draw(self, params, ids, avoided, noise, key, num_steps: int, guidance_scale: float, mesh: Mesh) -> np.ndarray:
+        """Return pictures in [0, 1]; the batch is split over the devices of the mesh."""
         count = len(ids)
-        mesh = make_mesh(max(n for n in range(1, jax.device_count() + 1) if count % n == 0))
-        params = self._place(params, mesh)
+        process = make_process(self.model, None, num_steps)
         setting = num_steps, guidance_scale, mesh
         if setting not in self._samplers:
-            process = make_process(self.model, None, num_steps)
             self._samplers[setting] = make_latent_sampler(self.model, process, guidance_scale, mesh)
         put = batch_split(mesh)
         if jnp.issubdtype(key.dtype, jnp.integer):  # a key of the old kind
@@ -250,21 +258,29 @@ class FlaxStableDiffusionPipeline:
         context = self._encode(params, jax.device_put(ids, put))
         nothing = self._encode(params, jax.device_put(avoided, replicated(mesh) if len(avoided) == 1 else put))
         sampled = self._samplers[setting](params["unet"], x_T, keys, context, nothing)
-        check_finite_latents(self.model, sampled)
+        check_finite_latents(self.model, process, sampled)
         images = np.asarray(self._decode(params, sampled.latents))
         check_finite_pictures(self.model, images)
         return np.clip(images / 2 + 0.5, 0, 1)
 
-    def _place(self, params: Params, mesh: Mesh) -> Params:
-        """Return the parameters on all devices; those of the last call are kept there for the next one."""
+    def _place(self, params: Params, stacked: bool, mesh: Mesh) -> Params:
+        """Return the parameters on all devices; those of the last call are kept there for the next one.
+
+        Args:
+          params: of the networks.
+          stacked: whether they have a leading axis of devices, of which the first counts.
+          mesh: the devices.
+        """
         leaves = jax.tree.leaves(params)
         if self._placed is not None:
-            before, where, placed = self._placed
-            if where == mesh and len(before) == len(leaves) and all(a is b for a, b in zip(before, leaves)):
+            before, alike, where, placed = self._placed
+            same = len(before) == len(leaves) and all(a is b for a, b in zip(before, leaves))
+            if same and alike == stacked and where == mesh:
                 return placed
         self._placed = None  # first, so that two sets never lie beside each other
-        self._placed = leaves, mesh, jax.device_put(params, replicated(mesh))
-        return self._placed[2]
+        one = jax.tree.map(lambda leaf: leaf[0], params) if stacked else params
+        self._placed = leaves, stacked, mesh, jax.device_put(one, replicated(mesh))
+        return self._placed[3]
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:

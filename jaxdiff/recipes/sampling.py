@@ -34,6 +34,7 @@ REVERSE_PROCESSES: dict[SamplerName, Sampler] = {
     "ddim": DDIM(),
     "ddpm": DDPM(),
     "euler": Euler(),
+    "euler-ancestral": DDIM(eta=1.0),  # the same step, written in noise levels
     "heun": Heun(),
     "dpm++2m": DPMSolverMultistep(),
     "dpm++2m-sde": DPMSolverMultistep(stochastic=True),

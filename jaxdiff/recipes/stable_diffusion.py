@@ -41,7 +41,7 @@ class StableDiffusion:
 
     Attributes:
       defaults: how each sampler goes through the timesteps unless told otherwise.
-      sampler: that of the published scheduler.
+      sampler: that of the published scheduler; the name of its class where jaxdiff does not have it.
       own_values: tokens of each word that has values of its own, see `jaxdiff.recipes.value_adapters`.
     """
 
@@ -50,7 +50,7 @@ class StableDiffusion:
     autoencoder: Autoencoder
     diffusion: ForwardProcess
     defaults: Mapping[SamplerName, SamplingDefaults]
-    sampler: SamplerName
+    sampler: str
     own_values: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -82,7 +82,7 @@ class Sampled(NamedTuple):
 
     Attributes:
       latents: scaled, as the UNet sees them.
-      broken_at: the first evaluation after which a number was not finite, from 1; 0 if all were.
+      broken_at: the first step after which a number was not finite, from 1; 0 if all were.
     """
 
     latents: Latents
@@ -114,6 +114,21 @@ class ReverseProcess(NamedTuple):
     noise_std: float
 
 
+def own_sampler(model: StableDiffusion) -> SamplerName:
+    """Return the sampler of the published scheduler.
+
+    Raises:
+      InputError: jaxdiff does not have it.
+    """
+    for name in REVERSE_PROCESSES:
+        if name == model.sampler:
+            return name
+    raise InputError(
+        f"the model's scheduler is {model.sampler}, which jaxdiff does not have: choose --sampler "
+        f"{', '.join(REVERSE_PROCESSES)} (sampler= in Python)"
+    )
+
+
 def make_process(
     model: StableDiffusion,
     sampler: SamplerName | None,
@@ -124,9 +139,9 @@ def make_process(
     """Return the reverse process, step for step that of diffusers' scheduler; None means as published.
 
     Raises:
-      InputError: so many steps do not fit the spacing.
+      InputError: so many steps do not fit the spacing, or the published sampler is none of jaxdiff's.
     """
-    name = sampler or model.sampler
+    name = own_sampler(model) if sampler is None else sampler
     defaults = model.defaults[name]
     schedule = model.diffusion.make_schedule()
     step = DDIM(eta) if eta is not None else REVERSE_PROCESSES[name]
@@ -135,7 +150,7 @@ def make_process(
         raise InputError("--spacing karras: PNDM takes equal steps only (arXiv 2202.09778); choose another --sampler")
     # diffusers moves all leading timesteps of Stable Diffusion up by 1, whatever the file says.
     offset = 1 if chosen == "leading" else 0
-    of_levels = name in ("euler", "heun") and chosen != "leading"
+    of_levels = name in ("euler", "euler-ancestral", "heun") and chosen != "leading"
     # diffusers' solvers of several steps make one timestep more, and leave the last one out.
     left_out = 1 if name in ("dpm++2m", "dpm++2m-sde", "unipc") and chosen in ("leading", "linspace") else 0
     # Only DDIM and PNDM ever end at t = 0 instead of clean data.
@@ -185,7 +200,8 @@ def make_latent_sampler(
         start = process.noise_std * x_T
         latents, states = sample(guided, start, keys, schedule, process.timesteps, process.sampler, trajectory=True)
         broken = ~jnp.isfinite(states.x_t[1:]).all(axis=(1, 2, 3, 4))
-        return Sampled(latents, jnp.where(broken.any(), 1 + jnp.argmax(broken), 0))
+        steps = process.sampler.plan(process.timesteps).number
+        return Sampled(latents, jnp.where(broken.any(), steps[jnp.argmax(broken)], 0))
 
     places: Any = Sampled(batch_split(mesh), replicated(mesh))  # type: ignore[arg-type]
     return jax.jit(run, donate_argnums=1, out_shardings=places)
@@ -229,13 +245,14 @@ def _total(query: Array, key: Array, value: Array) -> Array:
     return attend(query, key, value, "cudnn").astype(jnp.float32).sum()
 
 
-def check_finite_latents(model: StableDiffusion, sampled: Sampled) -> None:
-    """Raise InputError, naming the evaluation of the UNet, unless all numbers are finite."""
-    evaluation = int(sampled.broken_at)
-    if evaluation:
+def check_finite_latents(model: StableDiffusion, process: ReverseProcess, sampled: Sampled) -> None:
+    """Raise InputError, naming the step, unless all numbers are finite."""
+    step = int(sampled.broken_at)
+    if step:
         exact = "" if model.unet.dtype == jnp.float32 else ", or use --dtype float32"
         raise InputError(
-            f"the latents are not finite after evaluation {evaluation} of the UNet: lower --guidance-scale{exact}"
+            f"the latents are not finite after step {step} of {len(process.timesteps) - 1}, at timestep "
+            f"{process.timesteps[step - 1]:g}: lower --guidance-scale{exact}"
         )
 
 

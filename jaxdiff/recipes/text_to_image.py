@@ -171,7 +171,7 @@ class TextToImage:
             pairs, vectors = put_batch((numbers, np.stack([context[job.prompt] for job in part])), self.mesh)
             keys, x_T = start(pairs)
             sampled = self._sampler(params["unet"], x_T, keys, vectors, nothing)
-            check_finite_latents(self.model, sampled)
+            check_finite_latents(self.model, self.process, sampled)
             images = np.asarray(self._decoder(params, sampled.latents))
             check_finite_pictures(self.model, images)
             yield from zip(part[:count], to_uint8(images))

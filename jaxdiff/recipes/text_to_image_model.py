@@ -29,6 +29,7 @@ from jaxdiff.recipes.stable_diffusion import (
     decode_latents,
     make_latent_sampler,
     make_process,
+    own_sampler,
 )
 from jaxdiff.recipes.text_to_image import TextToImage
 from jaxdiff.recipes.tiny_stable_diffusion import make_tiny, tiny_models
@@ -164,7 +165,7 @@ def describe_settings(
     pictures: PictureSettings, model: StableDiffusion, tokenizer: CLIPTokenizer, size: tuple[int, int], sha256: str
 ) -> Mapping[str, Any]:
     """Return all that decides the pixels of a picture, save its prompt and its number."""
-    sampler = pictures.sampler or model.sampler
+    sampler = pictures.sampler or own_sampler(model)
     defaults = model.defaults[sampler]
     configs = model.text_encoder.config, model.unet.config, model.autoencoder.config, model.diffusion, defaults
     return {
