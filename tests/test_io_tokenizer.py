@@ -61,6 +61,27 @@ def test_a_prompt_that_is_too_long_is_named(folder):
         read(folder, context_length=4)(["cat", "cat cat cat"])
 
 
+@pytest.mark.parametrize("before", [72, 73, 74, 75, 0])
+def test_a_word_of_several_tokens_is_not_torn_between_chunks(folder, before):
+    tokenizer = read(folder)
+    run = tuple(tokenizer.add_tokens(["<new>", "<new>_1", "<new>_2"]))
+    letters = " ".join("x" * before)
+    (chunks,) = tokenizer.in_chunks([f"{letters} <new> <new>_1 <new>_2 {' '.join('xx')}"], [run])
+    x = tokenizer(["x"]).input_ids[0, 1]
+    held = [[number for number in row[1:-1] if number != tokenizer.pad_id] for row in chunks]
+    first = 75 if before == 72 else before  # only there the word ends where the chunk does
+    assert held[0] == ([x] * before + list(run) + [x] * 2)[: first or None]
+    assert [number for row in held for number in row] == [x] * before + list(run) + [x] * 2
+    assert len(chunks) == (2 if before else 1)
+
+
+def test_a_word_longer_than_a_chunk_fills_it(folder):
+    tokenizer = read(folder)
+    run = tuple(tokenizer.add_tokens([f"<{number}>" for number in range(80)]))
+    (chunks,) = tokenizer.in_chunks([" ".join(f"<{number}>" for number in range(80))], [run])
+    assert chunks[:, 1:-1].ravel()[:80].tolist() == list(run)
+
+
 def test_what_transformers_5_writes_with_new_tokens(tmp_path, folder):
     theirs = CLIPTokenizer.from_pretrained(folder)
     theirs.add_tokens(["<new1>", "<new2>"])

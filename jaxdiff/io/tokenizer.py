@@ -137,17 +137,36 @@ class CLIPTokenizer:
             ids[number, : len(row)], mask[number, : len(row)] = row, 1
         return Tokens(ids, mask)
 
-    def in_chunks(self, texts: Sequence[str]) -> list[Int[np.ndarray, "chunks L"]]:
+    def in_chunks(
+        self, texts: Sequence[str], together: Sequence[tuple[int, ...]] = ()
+    ) -> list[Int[np.ndarray, "chunks L"]]:
         """Return the token ids of texts of any length, for each as many rows of `context_length` as it needs.
 
         Each row has a begin and an end of its own.
+
+        Args:
+          texts: at least one.
+          together: runs of ids that no row ends within, unless one is longer than a row.
         """
-        most = self.context_length - 2
-        rows = [row[1:-1] for row in self._rows(texts)]
-        return [
-            np.stack([self._chunk(row[start : start + most]) for start in range(0, max(1, len(row)), most)])
-            for row in rows
-        ]
+        chunked = []
+        for row in self._rows(texts):
+            rest = row[1:-1]
+            chunks: list[Int[np.ndarray, "L"]] = []
+            while rest or not chunks:
+                end = self._end_of_chunk(rest, together)
+                chunks.append(self._chunk(rest[:end]))
+                rest = rest[end:]
+            chunked.append(np.stack(chunks))
+        return chunked
+
+    def _end_of_chunk(self, ids: Sequence[int], together: Sequence[tuple[int, ...]]) -> int:
+        """Return how many of the ids the next chunk holds."""
+        end = self.context_length - 2
+        for run in together:
+            for start in range(max(1, end - len(run) + 1), end):
+                if tuple(ids[start : start + len(run)]) == run:
+                    return start
+        return end
 
     def fill(self, chunks: Int[np.ndarray, "chunks L"], number: int) -> Int[np.ndarray, "more L"]:
         """Return `number` chunks, those that are missing made of an empty text."""

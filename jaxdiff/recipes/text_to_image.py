@@ -25,7 +25,7 @@ from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import batch_split, put_batch, replicated, round_up
 from jaxdiff.processes import barrier, own_share
-from jaxdiff.recipes.learned_words import spell_out
+from jaxdiff.recipes.learned_words import ids_of_words, spell_out
 from jaxdiff.recipes.sampling import batch_numbers, in_batches
 from jaxdiff.recipes.stable_diffusion import (
     Params,
@@ -115,7 +115,7 @@ class TextToImage:
         """
         texts = [spell_out(text, self.learned) for text in texts]
         if self.settings.long_prompts:
-            return self.tokenizer.in_chunks(texts)
+            return self.tokenizer.in_chunks(texts, ids_of_words(self.tokenizer, self.learned))
         length = self.tokenizer.context_length
         ids = self.tokenizer(texts, length=length, remedy=remedy).input_ids
         return list(ids[:, None])
