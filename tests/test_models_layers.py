@@ -102,6 +102,18 @@ def test_group_norm_of_a_constant_is_its_bias():
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("corner", [0, -1])
+def test_group_norm_with_one_pixel_far_from_all_others(corner):
+    x = np.random.default_rng(0).standard_normal((2, 128, 128, 16)).astype(np.float32)
+    x[:, corner, corner] = 300
+    found = GroupNorm(4).apply({"params": {"scale": jnp.ones(16), "bias": jnp.zeros(16)}}, jnp.asarray(x))
+    groups = x.astype(np.float64).reshape(2, -1, 4, 4)
+    mean, variance = (moment(groups, axis=(1, 3), keepdims=True) for moment in (np.mean, np.var))
+    expected = (groups - mean) / np.sqrt(variance + 1e-5)
+    np.testing.assert_allclose(found, expected.reshape(x.shape), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.usefixtures("way")
 def test_group_norm_keeps_float32_statistics_in_bfloat16():
     x = (100 + X).astype(jnp.bfloat16)
     params = {"scale": jnp.ones(16), "bias": jnp.zeros(16)}

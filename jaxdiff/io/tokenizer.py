@@ -151,7 +151,7 @@ class CLIPTokenizer:
         chunked = []
         for row in self._rows(texts):
             rest = row[1:-1]
-            chunks: list[Int[np.ndarray, "L"]] = []
+            chunks: list[np.ndarray] = []
             while rest or not chunks:
                 end = self._end_of_chunk(rest, together)
                 chunks.append(self._chunk(rest[:end]))
