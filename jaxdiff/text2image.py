@@ -43,7 +43,7 @@ class Config:
     pictures: Annotated[PictureSettings, Group] = field(default_factory=PictureSettings)
     devices: Annotated[ProcessSettings, Group] = field(default_factory=ProcessSettings)
     out: Path = Path("runs/text2image")
-    """Folder to write into; its pictures of the same names made with other settings are replaced, other files kept."""
+    """Folder to write into; pictures that jaxdiff drew there with other settings are replaced, other files kept."""
     dry_run: bool = False
     """Only say how much memory it would take, whatever the prompts; reads no weights."""
 

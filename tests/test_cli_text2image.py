@@ -84,10 +84,16 @@ def test_the_defaults_draw_and_a_rerun_draws_only_what_is_missing(tmp_path):
     assert "3 of 4 pictures are there already" in answer.out
     np.testing.assert_array_equal(pixels(tmp_path, 1, 1), first)
     assert os.stat(tmp_path / "000_000.png").st_mtime_ns == kept
-    assert "2 of 4" not in draw(*args, "--seed=1").out
+    other_seed = draw(*args, "--seed=1").out
+    assert "2 of 4" not in other_seed
+    assert f"pictures of earlier runs that are replaced in {tmp_path}: 4, such as 000_000.png" in other_seed
     assert np.abs(pixels(tmp_path, 1, 1).astype(int) - first).max() > 0
     fewer = draw(*SMALL, "--prompt=a photo of a cat", f"--out={tmp_path}")
     assert "pictures of earlier runs that stay in" in fewer.out
+    Image.new("RGB", (16, 16)).save(tmp_path / "000_000.png")
+    assert draw(*SMALL, "--prompt=a cat", f"--out={tmp_path}").sentence.endswith(
+        "000_000.png: was not drawn by jaxdiff; move it away, or choose another --out"
+    )
     assert ": 3, such as 000_001.png" in fewer.out
 
 

@@ -104,14 +104,14 @@ def is_overview(path: Path) -> bool:
         return False
 
 
-def read_png_texts(path: Path) -> dict[str, str]:
-    """Return the texts that a PNG file holds beside its picture; none if there is no readable one."""
+def read_png_texts(path: Path) -> dict[str, str] | None:
+    """Return the texts that a PNG file holds beside its picture; None if there is no readable one."""
     try:
         with Image.open(path) as image:
             image.load()
             return {name: str(text) for name, text in getattr(image, "text", {}).items()}
     except (OSError, ValueError, SyntaxError):
-        return {}
+        return None
 
 
 def resize_image(pixels: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "h w C"]:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxdiff.diffusion.samplers import starting_noise
+from jaxdiff.errors import InputError
 from jaxdiff.io.images import read_png_texts, to_uint8, write_png
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.progress import progress_bar
@@ -215,19 +216,27 @@ def draw_missing(drawing: TextToImage, prompts: Sequence[str], jobs: Sequence[Jo
       prompts: the texts.
       jobs: the pictures.
       folder: holds the PNG files.
+
+    Raises:
+      InputError: a file of that name is there that is none of ours, see also `TextToImage.draw`.
     """
 
     def texts_of(job: Job) -> dict[str, str]:
         return describe(prompts[job.prompt], job.number, drawing.about)
 
-    new = [job for job in jobs if read_png_texts(folder / job.file).get(ABOUT) != texts_of(job)[ABOUT]]
+    found = {job: texts for job in jobs if (texts := read_png_texts(folder / job.file)) is not None}
+    if foreign := [job.file for job, texts in found.items() if ABOUT not in texts]:
+        raise InputError(f"{folder / foreign[0]}: was not drawn by jaxdiff; move it away, or choose another --out")
+    new = [job for job in jobs if job not in found or found[job][ABOUT] != texts_of(job)[ABOUT]]
+    if replaced := [job.file for job in new if job in found]:
+        print(f"pictures of earlier runs that are replaced in {folder}: {len(replaced)}, such as {replaced[0]}")
     old = len(jobs) - len(new)
     barrier()  # else one process would find what another draws already
     own = [new[place] for place in own_share(len(new))]
     if old:
         print(f"{old} of {len(jobs)} pictures are there already")
     named = {job.file for job in jobs}
-    others = [path for path in folder.glob("*.png") if path.name not in named and ABOUT in read_png_texts(path)]
+    others = [path for path in folder.glob("*.png") if path.name not in named and ABOUT in (read_png_texts(path) or ())]
     if others:
         print(f"pictures of earlier runs that stay in {folder}: {len(others)}, such as {min(others).name}")
     first, timed = time.perf_counter(), 0
