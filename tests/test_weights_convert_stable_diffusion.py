@@ -168,8 +168,10 @@ def test_the_prediction_type_and_the_size_travel_with_the_file(made, tmp_path):
     ]:
         converted(bare, tmp_path / "out", "--tokenizer", folder / "vocabulary", *words)
         scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
-        size = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["sample_size"]
-        assert (scheduler["prediction_type"], size) == expected
+        unet = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
+        assert (scheduler["prediction_type"], unet["sample_size"]) == expected
+        # As published: of the 768-pixel models alone.
+        assert unet.get("upcast_attention", False) == (version == 2 and words[-1:] == ("v",))
 
 
 # --- other ways of storing

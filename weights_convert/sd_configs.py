@@ -96,8 +96,13 @@ class Pipeline:
         return (size if type(size) is int else 64) * 2 ** (len(self.layout.vae.channels) - 1)
 
 
-def implied_configs(layout: Layout, size: int) -> dict[str, Config]:
-    """Return the configs that a single file of this layout implies, for square images of `size` pixels.
+def implied_configs(layout: Layout, size: int, prediction_type: str = "epsilon") -> dict[str, Config]:
+    """Return the configs that a single file of this layout implies.
+
+    Args:
+      layout: of the three networks.
+      size: height and width of the pictures that the model was trained with, in pixels.
+      prediction_type: what the network predicts, in diffusers' words.
 
     Raises:
       InputError: it has sizes that those settings cannot part into groups or heads; the message does not name the file.
@@ -124,6 +129,8 @@ def implied_configs(layout: Layout, size: int) -> dict[str, Config]:
             "attention_head_dim": heads,
             "cross_attention_dim": unet.context,
             "use_linear_projection": unet.linear,
+            # As published for 2.1, whose scores of attention float16 cannot hold; 2.0 loses nothing by it but time.
+            **({"upcast_attention": True} if layout.version == 2 and prediction_type == "v_prediction" else {}),
             **{name: UNET_DEFAULTS[name] for name in ("act_fn", "downsample_padding", "flip_sin_to_cos", "freq_shift")},
             **{name: UNET_DEFAULTS[name] for name in ("mid_block_scale_factor", "norm_eps", "norm_num_groups")},
         },

@@ -85,7 +85,7 @@ def read_single_file(path: Path, ema: bool = False, prediction_type: str | None 
         for part, prefix in prefixes.items()
     }
     try:
-        configs = implied_configs(layout, size)
+        configs = implied_configs(layout, size, PREDICTION_TYPES[prediction_type])
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     networks = {part: to_folder(str(path), configs[part].rows, parts[part]) for part in parts}
