@@ -13,14 +13,16 @@ import pytest
 import torch
 from clip_vocabulary import vocabulary
 from conversion import change_json, refused
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.loaders import single_file_utils as theirs
 from flax.serialization import msgpack_serialize
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stable_diffusion_twins import convert, converted, make_standard_pipeline
 
 from jaxdiff.io.weights import write_safetensors
+from jaxdiff.recipes.diffusers_scheduler import read_scheduler
 from weights_convert.sd_layout import TextLayout, UNetLayout, VAELayout
 from weights_convert.sd_tables import text_rows, unet_rows, vae_rows
 
@@ -411,6 +413,43 @@ def test_a_prediction_type_that_a_file_cannot_tell_is_said(tmp_path, first):
     answer = converted(first / "a.safetensors", tmp_path / "a.safetensors", "--prediction-type", "v")
     assert "assume epsilon: tell them that it is v" in answer.out
     assert "assume" not in converted(first / "a.safetensors", tmp_path / "b.safetensors").out
+
+
+def write_marked(path, first, *markers, **options):
+    """Write the single file of version 1 with empty tensors of these names, as trainers of v do."""
+    save_file(load_file(first / "a.safetensors") | {name: torch.tensor([]) for name in markers}, path, **options)
+    return path
+
+
+def test_marker_tensors_say_the_prediction_type_and_the_schedule(tmp_path, first):
+    for markers, zero in ((("v_pred",), False), (("v_pred", "ztsnr"), True)):
+        source = write_marked(tmp_path / "a.safetensors", first, *markers)
+        converted(source, tmp_path / "out", "--tokenizer", first / "vocabulary")
+        theirs = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+        assert theirs.config.prediction_type == "v_prediction"
+        assert (theirs.alphas_cumprod[-1] == 0) == zero
+        theirs.set_timesteps(10)
+        assert (theirs.timesteps[0] == 999) == zero
+        ours, defaults, sampler = read_scheduler(tmp_path / "out" / "scheduler" / "scheduler_config.json")
+        np.testing.assert_allclose(ours.make_schedule().alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+        assert (ours.prediction_type, defaults[sampler].spacing) == ("v", "trailing" if zero else "leading")
+        unet = load_file(tmp_path / "out" / "unet" / WEIGHTS["unet"])
+        assert_same(unet, load_file(first / "in" / "unet" / WEIGHTS["unet"]))
+    refused(convert(source, tmp_path / "b.safetensors"), "rescale_betas_zero_snr is True")
+    converted(write_marked(tmp_path / "a.safetensors", first, "v_pred"), tmp_path / "b.safetensors")
+    assert "v_pred" not in load_file(tmp_path / "b.safetensors")
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "v"
+
+
+def test_marker_tensors_that_contradict_are_refused(tmp_path, first):
+    words = tmp_path / "out", "--tokenizer", first / "vocabulary"
+    source = write_marked(tmp_path / "a.safetensors", first, "ztsnr")
+    refused(convert(source, *words), "its tensor ztsnr says that the last timestep is pure noise", "-type v, if")
+    metadata = {"modelspec.prediction_type": "epsilon"}
+    source = write_marked(tmp_path / "a.safetensors", first, "v_pred", metadata=metadata)
+    refused(convert(source, *words), "modelspec.prediction_type 'epsilon', but its tensor v_pred says v")
+    converted(source, *words, "--prediction-type", "epsilon")
 
 
 # --- what is refused

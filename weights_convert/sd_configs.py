@@ -166,8 +166,13 @@ def implied_configs(layout: Layout, size: int, prediction_type: str = "epsilon")
     return _with_rows(layout, jsons)
 
 
-def implied_scheduler(prediction_type: str) -> dict[str, Any]:
-    """Return the scheduler_config.json of the published models: PNDM, but DDIM for 2.x, which predicts v."""
+def implied_scheduler(prediction_type: str, zero_terminal_snr: bool = False) -> dict[str, Any]:
+    """Return the scheduler_config.json of the published models: PNDM, but DDIM for 2.x, which predicts v.
+
+    Args:
+      prediction_type: what the network predicts, in diffusers' words.
+      zero_terminal_snr: whether its last timestep is pure noise; then its samples must begin there (arXiv 2305.08891).
+    """
     pndm = {"skip_prk_steps": True} if prediction_type == "epsilon" else {}
     return {
         "_class_name": "PNDMScheduler" if pndm else "DDIMScheduler",
@@ -179,6 +184,7 @@ def implied_scheduler(prediction_type: str) -> dict[str, Any]:
         "set_alpha_to_one": False,
         "clip_sample": False,
         **pndm,
+        **({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_terminal_snr else {}),
     }
 
 
