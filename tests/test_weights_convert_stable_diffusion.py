@@ -7,16 +7,14 @@ import subprocess
 import sys
 import types
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from clip_vocabulary import vocabulary
-from conversion import change_json, refused
+from conversion import change_json, play_hub, refused, write_bin_shards
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.loaders import single_file_utils as theirs
 from flax.serialization import msgpack_serialize
-from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stable_diffusion_twins import convert, converted, make_standard_pipeline
@@ -30,6 +28,11 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+}
+BIN = {
+    "unet": "diffusion_pytorch_model.bin",
+    "vae": "diffusion_pytorch_model.bin",
+    "text_encoder": "pytorch_model.bin",
 }
 
 
@@ -198,8 +201,7 @@ def change_weights(folder, change):
 
 
 def as_bin(path, part, tensors):
-    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
-    torch.save(tensors, path.with_name(name))
+    torch.save(tensors, path.with_name(BIN[part]))
 
 
 def as_shards(path, part, tensors):
@@ -208,6 +210,10 @@ def as_shards(path, part, tensors):
     for file in set(weight_map.values()):
         save_file({name: tensors[name] for name in names if weight_map[name] == file}, path.with_name(file))
     path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_bin_shards(path, part, tensors):
+    write_bin_shards(path.with_name(BIN[part]), tensors)
 
 
 def as_variant(path, part, tensors):
@@ -273,7 +279,9 @@ def replace_text(path, text):
     path.write_text(text)
 
 
-@pytest.mark.parametrize("change", [as_bin, as_shards, as_variant, as_variant_shards, as_old_names, as_flax])
+@pytest.mark.parametrize(
+    "change", [as_bin, as_bin_shards, as_shards, as_variant, as_variant_shards, as_old_names, as_flax]
+)
 def test_every_way_of_storing_gives_the_same_bits(tmp_path, first, change):
     shutil.copytree(first / "in", tmp_path / "in")
     change_weights(tmp_path / "in", change)
@@ -382,7 +390,6 @@ def test_inpainting_says_so(tmp_path, first):
 
 
 def test_a_hub_name_downloads_one_format_and_the_small_files(tmp_path, first, monkeypatch):
-    """The hub is played by the real rules of its client for which files are wanted."""
     remote, cache = tmp_path / "remote", tmp_path / "cache"
     shutil.copytree(first / "in", remote)
     change_weights(remote, as_flax)
@@ -390,23 +397,38 @@ def test_a_hub_name_downloads_one_format_and_the_small_files(tmp_path, first, mo
     for name in unwanted:
         (remote / name).parent.mkdir(exist_ok=True)
         (remote / name).write_bytes(b"never wanted")
-    asked = []
-
-    def download(name, revision, allow_patterns, ignore_patterns):
-        asked.append((name, revision))
-        files = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
-        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (cache / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(remote / file, cache / file)
-        return str(cache)
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    asked = play_hub(monkeypatch, remote, cache)
     converted("CompVis/tiny", tmp_path / "out", "--revision", "flax")
     assert set(asked) == {("CompVis/tiny", "flax")}
     here = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
     assert not here & set(unwanted)
     assert_same(load_file(tmp_path / "out" / "vae" / WEIGHTS["vae"]), load_file(first / "in" / "vae" / WEIGHTS["vae"]))
+
+
+def of_each_kind(path, part, tensors):
+    """Store each part in another format, as repositories have grown."""
+    {"unet": as_variant, "vae": as_bin_shards, "text_encoder": as_bin}[part](path, part, tensors)
+
+
+@pytest.mark.parametrize("change", ["as_variant", "of_each_kind"])
+def test_a_hub_name_gives_each_part_in_the_format_that_it_has(tmp_path, first, monkeypatch, change):
+    remote = tmp_path / "remote"
+    shutil.copytree(first / "in", remote)
+    change_weights(remote, globals()[change])
+    monkeypatch.chdir(tmp_path)
+    play_hub(monkeypatch, remote, tmp_path / "cache")
+    answer = converted("someone/tiny", tmp_path / "a.safetensors")
+    assert answer.out.count("has no plain weights, so ") == (3 if change == "as_variant" else 1)
+    assert (tmp_path / "a.safetensors").read_bytes() == (first / "a.safetensors").read_bytes()
+
+
+def test_a_hub_name_without_weights_of_a_part_says_which(tmp_path, first, monkeypatch):
+    shutil.copytree(first / "in", tmp_path / "remote")
+    (tmp_path / "remote" / "vae" / WEIGHTS["vae"]).unlink()
+    monkeypatch.chdir(tmp_path)
+    play_hub(monkeypatch, tmp_path / "remote", tmp_path / "cache")
+    refused(convert("someone/tiny", tmp_path / "out"), "someone/tiny/vae: holds no weights; looked for diffusion_pyt")
 
 
 def test_a_prediction_type_that_a_file_cannot_tell_is_said(tmp_path, first):
