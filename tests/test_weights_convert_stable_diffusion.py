@@ -520,7 +520,9 @@ def not_finite(single):
 
 def xl(single):
     single["conditioner.embedders.0.transformer.x"] = torch.ones(1)
-    return "holds text encoders named conditioner, as Stable Diffusion XL has"
+    return (
+        "holds conditioner.embedders.0.transformer.x, so it is Stable Diffusion XL or its kin; taken here is a single"
+    )
 
 
 def no_vae(single):

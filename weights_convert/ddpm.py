@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.file_kinds import check_kind
 from jaxdiff.io.hub import open_model
 from jaxdiff.io.pretrained_files import DIFFUSERS as FILES
 from jaxdiff.io.pretrained_files import candidates, find_weights, read_tensors, say_if_variant
@@ -98,6 +99,7 @@ def convert_course(name: str, path: Path) -> tuple[dict[str, Any], PretrainedCon
     tensors = read_tensors(path)
     if "conv_in.weight" in tensors:
         raise InputError(f"{path}: weights of diffusers, which need the config.json beside them; name their folder")
+    check_kind(str(path), tensors, "course")
     params = convert_tensors(str(path), tensors, course_rules(unet), unet)
     if FREQUENCIES in tensors:
         check_frequencies(path, tensors[FREQUENCIES], unet.block_out_channels[0])

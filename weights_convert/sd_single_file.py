@@ -15,6 +15,7 @@ from types import MappingProxyType
 import numpy as np
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.file_kinds import check_kind
 from jaxdiff.io.torch_files import read_checkpoint
 from jaxdiff.io.weights import LazyTensors, TensorFile, list_faults, write_safetensors
 from weights_convert.sd_configs import SCHEDULE, Pipeline, check_standard, implied_configs, implied_scheduler
@@ -62,6 +63,7 @@ def read_single_file(path: Path, ema: bool = False, prediction_type: str | None 
     """
     is_safetensors = path.suffix == ".safetensors"
     source = TensorFile(path) if is_safetensors else read_checkpoint(path)
+    check_kind(str(path), source, "checkpoint")
     metadata = source.metadata if isinstance(source, TensorFile) else {}
     tensors = rename(str(path), source, ema)
     try:
