@@ -18,6 +18,7 @@ from flax.serialization import msgpack_serialize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stable_diffusion_twins import convert, converted, make_standard_pipeline
+from transformers import CLIPTokenizer
 
 from jaxdiff.io.weights import write_safetensors
 from jaxdiff.recipes.diffusers_scheduler import read_scheduler
@@ -678,6 +679,34 @@ def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_written(tmp
     assert not out.exists()
     # The folder of a pipeline has it in a sub-folder.
     converted(single, out, "--tokenizer", first / "in")
+
+
+def test_added_words_are_refused_unless_a_folder_is_written(tmp_path, first):
+    words = {"<cat-toy>": len(vocabulary()), "<dog-toy>": len(vocabulary()) + 1}
+    pipeline = make_standard_pipeline(tmp_path, text_encoder={"vocab_size": len(vocabulary()) + 2})
+    pipeline.tokenizer.add_tokens(list(words))
+    pipeline.save_pretrained(tmp_path / "in")
+    sentence = (
+        "tokenizer: has added words: <cat-toy>, <dog-toy>, which programs that read single files do not know: save"
+    )
+    refused(convert(tmp_path / "in", tmp_path / "a.safetensors"), sentence)
+    converted(tmp_path / "in", tmp_path / "out")
+    assert CLIPTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")("<dog-toy>").input_ids[1] == words["<dog-toy>"]
+    # As transformers before 5 wrote them.
+    shutil.copytree(first / "vocabulary", tmp_path / "in" / "tokenizer", dirs_exist_ok=True)
+    (tmp_path / "in" / "tokenizer" / "tokenizer.json").unlink()
+    (tmp_path / "in" / "tokenizer" / "added_tokens.json").write_text(json.dumps(words))
+    refused(convert(tmp_path / "in", tmp_path / "a.safetensors"), sentence)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_token_table_that_is_too_long_for_a_single_file(tmp_path):
+    make_standard_pipeline(tmp_path, text_encoder={"vocab_size": 49410}).save_pretrained(tmp_path / "in")
+    refused(
+        convert(tmp_path / "in", tmp_path / "a.safetensors"),
+        "text_encoder: its token table has 49410 rows, but programs that read single files know 49408 tokens: save the",
+    )
+    converted(tmp_path / "in", tmp_path / "out")
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, first, monkeypatch):

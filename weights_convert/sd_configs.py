@@ -223,6 +223,11 @@ def check_standard(name: str, pipeline: Pipeline) -> str:
         implied = implied_configs(pipeline.layout, pipeline.image_size)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+    if (tokens := pipeline.layout.text_encoder.tokens) > (usual := TEXT_DEFAULTS["vocab_size"]):
+        raise InputError(
+            f"{name}, text_encoder: its token table has {tokens} rows, but programs that read single files know "
+            f"{usual} tokens: save the added rows as learned embeddings instead, or convert to a folder"
+        )
     defaults = {"unet": UNET_DEFAULTS, "vae": VAE_DEFAULTS, "text_encoder": TEXT_DEFAULTS}
     for part, config in pipeline.configs.items():
         given = {key: value for key, value in config.json.items() if not key.startswith("_")}

@@ -29,9 +29,10 @@ from jaxdiff.io.tokenizer import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
     read_tokenizer,
+    read_vocabulary,
 )
 from jaxdiff.io.torch_layout import modern_name, torch_axes, torch_name
-from jaxdiff.io.weights import LazyTensors, flatten_params, write_safetensors
+from jaxdiff.io.weights import LazyTensors, flatten_params, list_faults, write_safetensors
 from jaxdiff.recipes.pipeline_folder import INDEX, check_no_more_parts
 from jaxdiff.recipes.pipeline_folder import SCHEDULER as SCHEDULER_CONFIG
 from weights_convert.sd_configs import CLASSES, DIFFUSERS_VERSION, Pipeline, read_configs
@@ -187,6 +188,23 @@ def read_own_tokenizer(folder: Path, layout: Layout) -> Files:
       InputError: as `read_files`.
     """
     return read_files(str(folder / "tokenizer"), open_model(folder, subfolder="tokenizer"), layout)
+
+
+def check_no_added_words(folder: Path) -> None:
+    """Check that the tokenizer of a pipeline's folder, where it has one, has the words of its vocabulary alone.
+
+    Raises:
+      InputError: it has more, of which a single file could not tell.
+    """
+    name, fetch = str(folder / "tokenizer"), open_model(folder, subfolder="tokenizer")
+    if not any(fetch(file) for file in VOCABULARY_FILES):
+        return
+    _, vocab, _, added = read_vocabulary(name, fetch)
+    if words := [word for word in added if word not in vocab]:
+        raise InputError(
+            f"{name}: {list_faults(has_added_words=words)}, which programs that read single files do not know: save "
+            "their rows of the token table as learned embeddings instead, or convert to a folder"
+        )
 
 
 def write_folder(folder: Path, pipeline: Pipeline, tokenizer: Files) -> list[Path]:

@@ -22,6 +22,7 @@ from jaxdiff.io.runs import check_writable
 from jaxdiff.io.weights import TensorFile
 from weights_convert.sd_configs import Pipeline
 from weights_convert.sd_folder import (
+    check_no_added_words,
     fetch_folder,
     find_tokenizer,
     is_conversion,
@@ -63,6 +64,8 @@ def run(
         if ignored := [flag for flag, value in given.items() if value]:
             raise InputError(f"{ignored[0]} has no effect on {source}, a folder, which has its own: drop it")
         pipeline = read_folder(path)
+        if to_file:
+            check_no_added_words(path)
         files = {} if to_file else read_own_tokenizer(path, pipeline.layout)
     else:
         if path.suffix not in SINGLE_FILES:
