@@ -595,6 +595,8 @@ def test_a_single_file_that_does_not_fit_is_refused(tmp_path, first, spoil):
         ("vae/config.json", {"scaling_factor": 0.13}, "vae: scaling_factor is 0.13"),
         ("vae/config.json", {"latents_mean": [1.0]}, "vae: latents_mean is [1.0]"),
         ("text_encoder/config.json", {"num_attention_heads": 4}, "text_encoder: num_attention_heads is 4"),
+        ("text_encoder/config.json", {"rope_theta": 1.5}, "rope_theta is 1.5, but jaxdiff does not know this key"),
+        ("text_encoder/config.json", {"pruned_heads": {"0": [0]}}, "pruned_heads {'0': [0]} asks for another network"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("text_encoder/config.json", {"hidden_act": "gelu"}, "the text encoder of Stable Diffusion 2.x"),
         ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "scheduler: beta_end is 0.02"),
@@ -679,6 +681,16 @@ def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_written(tmp
     assert not out.exists()
     # The folder of a pipeline has it in a sub-folder.
     converted(single, out, "--tokenizer", first / "in")
+
+
+def test_keys_that_any_config_of_transformers_has_are_no_hindrance(tmp_path, first):
+    shutil.copytree(first / "in", tmp_path / "in")
+    more = {"pruned_heads": {}, "is_decoder": False, "top_k": 50, "return_dict": True, "id2label": {"0": "LABEL_0"}}
+    change_json(
+        tmp_path / "in" / "text_encoder" / "config.json", {**more, "dropout": 0.0, "chunk_size_feed_forward": 0}
+    )
+    converted(tmp_path / "in", tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (first / "a.safetensors").read_bytes()
 
 
 def test_added_words_are_refused_unless_a_folder_is_written(tmp_path, first):

@@ -12,6 +12,7 @@ from typing import Any
 from jaxdiff.errors import InputError
 from jaxdiff.io.strict_json import decode, read_strict_json
 from jaxdiff.io.weights import LazyTensors
+from jaxdiff.models.clip_config import OTHER_NETWORKS, WITHOUT_EFFECT, check_keys
 from jaxdiff.recipes.diffusers_autoencoder import AUTOENCODER, AUTOENCODER_FIXED
 from jaxdiff.recipes.diffusers_latent_unet import LATENT_UNET, LATENT_UNET_FIXED
 from weights_convert.sd_layout import Layout, TextLayout, UNetLayout, VAELayout
@@ -42,9 +43,8 @@ NO_ACCOUNT = {
     "unet": {"sample_size", "upcast_attention", "dropout", "addition_embed_type_num_heads", "split_head_dim"}
     | {"use_memory_efficient_attention"},
     "vae": {"sample_size", "force_upcast"},
-    "text_encoder": {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "initializer_range"}
-    | {"initializer_factor", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id", "dropout"}
-    | {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"},
+    # Those of other networks are refused when a folder is read.
+    "text_encoder": {"projection_dim", *WITHOUT_EFFECT, *OTHER_NETWORKS},
 }
 """Keys that change neither tensors nor what is computed of them, but for its precision."""
 UNET_DEFAULTS, VAE_DEFAULTS = (
@@ -291,6 +291,7 @@ def _vae_layout(given: Mapping[str, Any]) -> VAELayout:
 
 
 def _text_layout(given: Mapping[str, Any]) -> TextLayout:
+    check_keys(given, {*TEXT_DEFAULTS, "projection_dim"})
     fields = TEXT_DEFAULTS | dict(given)
     if fields["hidden_act"] not in ("quick_gelu", "gelu"):
         raise ValueError(f"hidden_act is {fields['hidden_act']!r}, where jaxdiff has quick_gelu and gelu")
