@@ -2,9 +2,13 @@
 
 import json
 import re
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
 from commands import Answer, run_here
@@ -56,6 +60,36 @@ def make_twin(spread: float = 0.1, **changes) -> UNet2DModel:
     }
     torch.manual_seed(0)
     return randomize(UNet2DModel(**{**settings, **changes}), spread)
+
+
+def write_bin_shards(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write a state dict as two files of torch in the place of one called `path`; return their index."""
+    names = sorted(tensors)
+    weight_map = {name: f"{path.stem}-{1 + i % 2:05}-of-00002.bin" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        torch.save({name: tensors[name] for name in names if weight_map[name] == file}, path.with_name(file))
+    index = path.with_name(f"{path.name}.index.json")
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    return index
+
+
+def play_hub(patch: pytest.MonkeyPatch, remote: Path, cache: Path) -> list[tuple[str, str | None]]:
+    """Put a folder in the place of the hub, and another in that of its cache; return a list of what is asked for."""
+    asked: list[tuple[str, str | None]] = []
+
+    def download(name, file, revision, subfolder):
+        asked.append((name, revision))
+        file = f"{subfolder}/{file}" if subfolder else file
+        if not (remote / file).is_file():
+            raise huggingface_hub.errors.RemoteEntryNotFoundError("404", response=Mock())
+        (cache / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(remote / file, cache / file)
+        return str(cache / file)
+
+    patch.setattr("jaxdiff.io.hub.is_reachable", lambda: True)
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    patch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
 
 
 def change_json(path: Path, changes: dict):

@@ -133,6 +133,7 @@ STANDARD_V2 = {
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "attention_head_dim": (1, 2),
         "use_linear_projection": True,
+        "upcast_attention": True,
     },
     "text_encoder": {"hidden_act": "gelu"},
     "scheduler": {"prediction_type": "v_prediction"},

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import types
 import zipfile
 from collections import OrderedDict
@@ -12,9 +13,16 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from conversion import write_bin_shards
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.torch_files import MAX_PICKLE_BYTES, read_checkpoint, read_state_dict, read_torch
+from jaxdiff.io.torch_files import (
+    MAX_PICKLE_BYTES,
+    read_checkpoint,
+    read_sharded_state_dict,
+    read_state_dict,
+    read_torch,
+)
 
 X = torch.arange(24.0).reshape(4, 6)
 FLOATS = ["float64", "float32", "float16", "bfloat16", "complex64", "complex128"]
@@ -486,3 +494,59 @@ def test_a_checkpoint_names_nothing_else(tmp_path):
 def test_a_placeholder_is_no_tensor(tmp_path, make):
     with pytest.raises(InputError, match=r"no tensor|instead of names and tensors"):
         read_checkpoint(save_with_class(tmp_path / "a.ckpt", make))
+
+
+# --- several files
+
+
+def test_several_files_are_read_as_one(tmp_path):
+    tensors = {name: torch.full((n, 2), float(n)) for n, name in enumerate("abc", 1)}
+    found = read_sharded_state_dict(write_bin_shards(tmp_path / "pytorch_model.bin", tensors))
+    assert found.specs == {name: (tuple(tensor.shape), "float32") for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor)
+    assert [path.name for path in found.files] == [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+
+
+def without_a_shard(folder, index):
+    (folder / "model-00002-of-00002.bin").unlink()
+    return r"missing beside it: model-00002-of-00002\.bin; download the folder again"
+
+
+def without_a_tensor(folder, index):
+    torch.save({"a": torch.ones(2)}, folder / "model-00001-of-00002.bin")
+    return r"not where it says: c \(model-00001-of-00002\.bin\)"
+
+
+def with_one_more(folder, index):
+    torch.save({"b": torch.ones(2), "extra": torch.ones(2)}, folder / "model-00002-of-00002.bin")
+    return "not listed: extra"
+
+
+def with_safetensors(folder, index):
+    index.write_text('{"weight_map": {"a": "model.safetensors"}}')
+    return r"names 'model\.safetensors', but may only name bin files beside itself"
+
+
+def with_code(folder, index):
+    torch.save({"b": torch.ones(2), "c": print}, folder / "model-00002-of-00002.bin")
+    return r"model-00002-of-00002\.bin: asks to import __builtin__\.print"
+
+
+@pytest.mark.parametrize("spoil", [without_a_shard, without_a_tensor, with_one_more, with_safetensors, with_code])
+def test_several_files_that_do_not_fit_are_one_sentence(tmp_path, spoil):
+    index = write_bin_shards(tmp_path / "model.bin", {name: torch.ones(2) for name in "abc"})
+    sentence = spoil(tmp_path, index)
+    with pytest.raises(InputError, match=sentence):
+        read_sharded_state_dict(index)
+
+
+def test_of_several_files_one_storage_stays_in_memory(tmp_path):
+    index = write_bin_shards(tmp_path / "model.bin", {name: torch.zeros(2**20) for name in "abcdef"})
+    found = read_sharded_state_dict(index)
+    tracemalloc.start()
+    for name in found:
+        assert found[name].shape == (2**20,)
+    current, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert current < 1.1 * 4 * 2**20

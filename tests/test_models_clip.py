@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from clip_twins import IDS, MASK, draw_pixels, make_pair
 from conftest import FLOAT32_ATOL
 from transformers import CLIPConfig, CLIPModel
@@ -165,12 +166,178 @@ def test_config_of_old_files():
         ({"text_config": {"num_attention_heads": 7}}, "hidden_size 512 does not split into num_attention_heads 7"),
         ({"text_config": {"eos_token_id": [1, 2]}}, r"eos_token_id must be one whole number, got \[1, 2\]"),
         ({"text_config": {"add_cross_attention": True}}, "add_cross_attention True asks for another network"),
+        ({"text_config": {"pruned_heads": {"0": [1]}}}, r"pruned_heads {'0': \[1\]} asks for another network"),
+        ({"vision_config": {"is_decoder": True}}, "is_decoder True asks for another network"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder True asks for another network"),
+        (
+            {"text_config": {"rope_theta": 1e4}},
+            "config.json: rope_theta is 10000.0, but jaxdiff does not know this key",
+        ),
+        ({"vision_config": {"use_class_token": False}}, "use_class_token is False, but jaxdiff does not know"),
+        ({"text_config": {"image_size": 224}}, "image_size is 224, but jaxdiff does not know"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config is {'bits': 4}, but jaxdiff does not know"),
         ({"projection_dim": "wide"}, "projection_dim must be one whole number, got 'wide'"),
     ],
 )
 def test_a_config_of_another_network_is_refused_by_name(values, sentence):
     with pytest.raises(InputError, match=sentence):
         read_clip_config(values)
+
+
+# --- published config.json files: their keys, and the values that decide
+
+OF_ANY_MODEL_BEFORE_5 = {
+    "_name_or_path": "",
+    "add_cross_attention": False,
+    "architectures": None,
+    "attention_dropout": 0.0,
+    "bad_words_ids": None,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "dropout": 0.0,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "finetuning_task": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "layer_norm_eps": 1e-05,
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_hidden_layers": 12,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "prefix": None,
+    "problem_type": None,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "sep_token_id": None,
+    "task_specific_params": None,
+    "temperature": 1.0,
+    "tie_encoder_decoder": False,
+    "tie_word_embeddings": True,
+    "tokenizer_class": None,
+    "top_k": 50,
+    "top_p": 1.0,
+    "torch_dtype": None,
+    "torchscript": False,
+    "transformers_version": "4.16.0.dev0",
+    "use_bfloat16": False,
+}
+"""Of each transformer of openai/clip-vit-base-patch32 and openai/clip-vit-large-patch14."""
+SINCE_4_24 = {
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "tf_legacy_loss": False,
+    "typical_p": 1.0,
+}
+"""More of those of laion's models."""
+TEXT_OF_OPENAI = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "vocab_size": 49408}
+TEXT_OF_OPENAI |= {"max_position_embeddings": 77, "model_type": "clip_text_model", "hidden_act": "quick_gelu"}
+VISION_OF_OPENAI = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "image_size": 224}
+VISION_OF_OPENAI |= {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
+OF_STABLE_DIFFUSION = {
+    "_name_or_path": "openai/clip-vit-large-patch14",
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "dropout": 0.0,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-05,
+    "torch_dtype": "float32",
+    "transformers_version": "4.23.0.dev0",
+    **TEXT_OF_OPENAI,
+}
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "projection_dim")
+
+
+def sizes(*numbers):
+    return dict(zip(SIZES, numbers))
+
+
+def test_published_configs_of_whole_models_are_read():
+    text, vision = {**OF_ANY_MODEL_BEFORE_5, **TEXT_OF_OPENAI}, {**OF_ANY_MODEL_BEFORE_5, **VISION_OF_OPENAI}
+    whole = {"_name_or_path": "x", "architectures": ["CLIPModel"], "initializer_factor": 1.0, "model_type": "clip"}
+    whole |= {"logit_scale_init_value": 2.6592, "torch_dtype": "float32", "transformers_version": None}
+    base = {
+        **whole,
+        "projection_dim": 512,
+        "text_config": {**text, **sizes(512, 2048, 8, 12, 512)},
+        "text_config_dict": None,
+        "vision_config": {**vision, **sizes(768, 3072, 12, 12, 512), "patch_size": 32},
+        "vision_config_dict": None,
+    }
+    config = read_clip_config(base)
+    assert config.text_config == CLIPTextConfig(bos_token_id=0, eos_token_id=2)
+    assert config.vision_config == CLIPVisionConfig()
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    config = read_clip_config(
+        {
+            **whole,
+            "projection_dim": 768,
+            "text_config": {**text, **sizes(768, 3072, 12, 12, 768)},
+            "text_config_dict": sizes(768, 3072, 12, 12, 768),
+            "vision_config": {**vision, **large, "patch_size": 14, "projection_dim": 768},
+            "vision_config_dict": {**large, "patch_size": 14, "projection_dim": 768},
+        }
+    )
+    assert (config.text_config.hidden_size, config.vision_config.patch_size) == (768, 14)
+    huge = {"hidden_act": "gelu", **sizes(1280, 5120, 16, 32, 1024), "patch_size": 14}
+    config = read_clip_config(
+        {
+            **whole,
+            "_commit_hash": None,
+            "projection_dim": 1024,
+            "text_config": {**text, **SINCE_4_24, "hidden_act": "gelu", **sizes(1024, 4096, 16, 24, 512)},
+            "text_config_dict": {"hidden_act": "gelu", **sizes(1024, 4096, 16, 24)},
+            "vision_config": {**vision, **SINCE_4_24, **huge},
+            "vision_config_dict": huge,
+        }
+    )
+    assert (config.text_config.hidden_act, config.text_config.projection_dim) == ("gelu", 1024)
+    assert config.vision_config.num_hidden_layers == 32
+
+
+def test_published_configs_of_text_encoders_are_read():
+    first = tower_config({**OF_STABLE_DIFFUSION, **sizes(768, 3072, 12, 12, 768)}, CLIPTextConfig)
+    assert (first.hidden_act, first.eos_token_id) == ("quick_gelu", 2)
+    second = {**OF_STABLE_DIFFUSION, **sizes(1024, 4096, 16, 23, 512), "hidden_act": "gelu"}
+    assert tower_config(second, CLIPTextConfig).num_hidden_layers == 23
+
+
+@pytest.mark.parametrize("kind", [transformers.CLIPTextConfig, transformers.CLIPVisionConfig, transformers.CLIPConfig])
+def test_what_transformers_itself_writes_is_read(kind):
+    values = kind().to_dict()
+    assert values.keys() >= transformers.PretrainedConfig().to_dict().keys()
+    if kind is transformers.CLIPConfig:
+        read_clip_config(values)
+    else:
+        ours = CLIPTextConfig if kind is transformers.CLIPTextConfig else CLIPVisionConfig
+        assert tower_config(values, ours) == ours()
+
+
+def test_keys_without_effect_may_have_any_value():
+    changed = {"chunk_size_feed_forward": 64, "torchscript": True, "top_k": 3, "dropout": 0.1, "use_cache": True}
+    values = {**OF_STABLE_DIFFUSION, **changed}
+    assert tower_config(values, CLIPTextConfig) == tower_config(OF_STABLE_DIFFUSION, CLIPTextConfig)
 
 
 @pytest.mark.slow

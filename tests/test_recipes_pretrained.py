@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from clip_twins import IDS, MASK, draw_pixels, make_pair, make_twin
+from conversion import write_bin_shards
 from flax.serialization import msgpack_restore, msgpack_serialize
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
@@ -23,6 +25,7 @@ from jaxdiff import (
 )
 from jaxdiff.errors import InputError
 from jaxdiff.io import hub
+from jaxdiff.io.weight_files import forget_weights, weight_files
 from jaxdiff.io.weights import flatten_params
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -178,6 +181,17 @@ def test_shards_load(tmp_path, published, answer):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     model = FlaxCLIPModel.from_pretrained(tmp_path)
     np.testing.assert_allclose(similarities(model), answer.logits_per_image.numpy(), atol=ATOL)
+
+
+@pytest.mark.parametrize("word", ["", ".fp16"])
+def test_torch_shards_load(tmp_path, published, answer, word):
+    shutil.copy(published[0] / "config.json", tmp_path)
+    index = write_bin_shards(tmp_path / "pytorch_model.bin", published[1].state_dict())
+    forget_weights()
+    index.rename(tmp_path / f"pytorch_model.bin.index{word}.json")
+    model = FlaxCLIPModel.from_pretrained(tmp_path)
+    np.testing.assert_allclose(similarities(model), answer.logits_per_image.numpy(), atol=ATOL)
+    assert {Path(path).name for path in weight_files()} == {path.name for path in tmp_path.glob("pytorch_model*")}
 
 
 def test_half_precision_files_give_float32_parameters(tmp_path, published, answer):

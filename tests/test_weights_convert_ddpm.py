@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import chex
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 import torch
 from commands import run_here
 from conftest import FLOAT32_ATOL
-from conversion import SIZE, change_json, convert, make_twin, randomize, refused
+from conversion import SIZE, change_json, convert, make_twin, play_hub, randomize, refused, write_bin_shards
 from course_unet import CourseUNet
 from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file, save_file
@@ -360,45 +359,63 @@ def test_a_source_that_is_nowhere(tmp_path, source, sentence):
 
 
 def test_a_hub_that_does_not_answer_is_one_sentence_with_the_way_around(tmp_path, monkeypatch):
-    def fail(*args, **options):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nsecond line")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("jaxdiff.io.hub.is_reachable", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     answer = convert("google/ddpm-celebahq-256", tmp_path / "out")
-    refused(answer, "the hub did not give it (no connection); where there is no network, download the model's folder")
+    refused(answer, "the Hugging Face hub cannot be reached", "`hf download google/ddpm-celebahq-256 --local-dir DIR`")
 
 
 def test_a_hub_name_downloads_no_more_than_it_needs(tmp_path, pipeline, monkeypatch):
-    """The hub is played by the real rules of its client for which files are wanted."""
-    from huggingface_hub.utils import filter_repo_objects
-
-    remote = tmp_path / "remote"
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
     shutil.copytree(pipeline, remote)
+    (remote / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "vae/model.bin"):
         (remote / name).parent.mkdir(exist_ok=True)
         (remote / name).write_bytes(b"never wanted")
-    asked = []
-
-    def download(name, revision, allow_patterns, ignore_patterns):
-        asked.append((name, revision))
-        files = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
-        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(remote / file, tmp_path / "cache" / file)
-        return str(tmp_path / "cache")
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    asked = play_hub(monkeypatch, remote, cache)
     assert convert("google/ddpm-tiny", tmp_path / "out", "--revision", "v1").code == 0
-    assert asked == [("google/ddpm-tiny", "v1")]
+    assert set(asked) == {("google/ddpm-tiny", "v1")}
     assert load_pretrained_unet(tmp_path / "out")[2].source.name == "google/ddpm-tiny"
-    here = {str(path.relative_to(tmp_path / "cache")) for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    assert here == {"unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json"}
+    here = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+    assert here == {"model_index.json", "unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json"}
     # A model that only has the older format.
     as_bin(remote / "unet")
-    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(cache)
     assert convert("google/ddpm-tiny", tmp_path / "out").code == 0
-    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("change", ["fp16", "alone", "bin in shards"])
+def test_a_hub_name_with_other_files(tmp_path, pipeline, monkeypatch, change):
+    """Variants, which are all there is, are read and said; a model may lie in a folder of its own, or in shards."""
+    remote = tmp_path / "remote"
+    shutil.copytree(pipeline if change != "alone" else pipeline / "unet", remote)
+    if change != "alone":
+        (remote / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    if change == "fp16":
+        (remote / "unet" / WEIGHTS).rename(remote / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    if change == "bin in shards":
+        write_bin_shards(remote / "unet" / "diffusion_pytorch_model.bin", load_file(remote / "unet" / WEIGHTS))
+        (remote / "unet" / WEIGHTS).unlink()
+    monkeypatch.chdir(tmp_path)
+    play_hub(monkeypatch, remote, tmp_path / "cache")
+    answer = convert("google/ddpm-tiny", tmp_path / "out")
+    assert answer.code == 0, answer
+    assert ("has no plain weights, so diffusion_pytorch_model.fp16.safetensors is read" in answer.out) == (
+        change == "fp16"
+    )
+    assert convert(pipeline, tmp_path / "expected").code == 0
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_hub_name_that_is_no_folder_of_diffusers(tmp_path, monkeypatch):
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / "v1-5-pruned.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    play_hub(monkeypatch, tmp_path / "remote", tmp_path / "cache")
+    refused(convert("someone/files", tmp_path / "out"), "has neither model_index.json nor config.json", "download that")
 
 
 def test_a_revision_of_a_local_folder_is_refused(tmp_path, pipeline):
@@ -408,7 +425,10 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path, pipeline):
 def test_a_folder_without_weights_or_config(tmp_path, pipeline):
     shutil.copytree(pipeline, tmp_path / "in")
     (tmp_path / "in" / "unet" / WEIGHTS).unlink()
-    refused(convert(tmp_path / "in", tmp_path / "out"), "unet: holds none of diffusion_pytorch_model.safetensors, ")
+    refused(
+        convert(tmp_path / "in", tmp_path / "out"),
+        "unet: holds no weights; looked for diffusion_pytorch_model.safetensors, ",
+    )
     (tmp_path / "in" / "unet" / "config.json").unlink()
     refused(convert(tmp_path / "in", tmp_path / "out"), "unet/config.json: cannot be read (No such file")
 

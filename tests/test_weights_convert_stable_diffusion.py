@@ -7,20 +7,21 @@ import subprocess
 import sys
 import types
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from clip_vocabulary import vocabulary
-from conversion import change_json, refused
-from diffusers import StableDiffusionPipeline
+from conversion import change_json, play_hub, refused, write_bin_shards
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.loaders import single_file_utils as theirs
 from flax.serialization import msgpack_serialize
-from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stable_diffusion_twins import convert, converted, make_standard_pipeline
+from transformers import CLIPTokenizer
 
 from jaxdiff.io.weights import write_safetensors
+from jaxdiff.recipes.diffusers_scheduler import read_scheduler
 from weights_convert.sd_layout import TextLayout, UNetLayout, VAELayout
 from weights_convert.sd_tables import text_rows, unet_rows, vae_rows
 
@@ -28,6 +29,11 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+}
+BIN = {
+    "unet": "diffusion_pytorch_model.bin",
+    "vae": "diffusion_pytorch_model.bin",
+    "text_encoder": "pytorch_model.bin",
 }
 
 
@@ -168,8 +174,10 @@ def test_the_prediction_type_and_the_size_travel_with_the_file(made, tmp_path):
     ]:
         converted(bare, tmp_path / "out", "--tokenizer", folder / "vocabulary", *words)
         scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
-        size = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["sample_size"]
-        assert (scheduler["prediction_type"], size) == expected
+        unet = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
+        assert (scheduler["prediction_type"], unet["sample_size"]) == expected
+        # As published: of the 768-pixel models alone.
+        assert unet.get("upcast_attention", False) == (version == 2 and words[-1:] == ("v",))
 
 
 # --- other ways of storing
@@ -194,8 +202,7 @@ def change_weights(folder, change):
 
 
 def as_bin(path, part, tensors):
-    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
-    torch.save(tensors, path.with_name(name))
+    torch.save(tensors, path.with_name(BIN[part]))
 
 
 def as_shards(path, part, tensors):
@@ -204,6 +211,10 @@ def as_shards(path, part, tensors):
     for file in set(weight_map.values()):
         save_file({name: tensors[name] for name in names if weight_map[name] == file}, path.with_name(file))
     path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_bin_shards(path, part, tensors):
+    write_bin_shards(path.with_name(BIN[part]), tensors)
 
 
 def as_variant(path, part, tensors):
@@ -269,7 +280,9 @@ def replace_text(path, text):
     path.write_text(text)
 
 
-@pytest.mark.parametrize("change", [as_bin, as_shards, as_variant, as_variant_shards, as_old_names, as_flax])
+@pytest.mark.parametrize(
+    "change", [as_bin, as_bin_shards, as_shards, as_variant, as_variant_shards, as_old_names, as_flax]
+)
 def test_every_way_of_storing_gives_the_same_bits(tmp_path, first, change):
     shutil.copytree(first / "in", tmp_path / "in")
     change_weights(tmp_path / "in", change)
@@ -378,7 +391,6 @@ def test_inpainting_says_so(tmp_path, first):
 
 
 def test_a_hub_name_downloads_one_format_and_the_small_files(tmp_path, first, monkeypatch):
-    """The hub is played by the real rules of its client for which files are wanted."""
     remote, cache = tmp_path / "remote", tmp_path / "cache"
     shutil.copytree(first / "in", remote)
     change_weights(remote, as_flax)
@@ -386,18 +398,8 @@ def test_a_hub_name_downloads_one_format_and_the_small_files(tmp_path, first, mo
     for name in unwanted:
         (remote / name).parent.mkdir(exist_ok=True)
         (remote / name).write_bytes(b"never wanted")
-    asked = []
-
-    def download(name, revision, allow_patterns, ignore_patterns):
-        asked.append((name, revision))
-        files = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
-        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (cache / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(remote / file, cache / file)
-        return str(cache)
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    asked = play_hub(monkeypatch, remote, cache)
     converted("CompVis/tiny", tmp_path / "out", "--revision", "flax")
     assert set(asked) == {("CompVis/tiny", "flax")}
     here = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
@@ -405,10 +407,72 @@ def test_a_hub_name_downloads_one_format_and_the_small_files(tmp_path, first, mo
     assert_same(load_file(tmp_path / "out" / "vae" / WEIGHTS["vae"]), load_file(first / "in" / "vae" / WEIGHTS["vae"]))
 
 
+def of_each_kind(path, part, tensors):
+    """Store each part in another format, as repositories have grown."""
+    {"unet": as_variant, "vae": as_bin_shards, "text_encoder": as_bin}[part](path, part, tensors)
+
+
+@pytest.mark.parametrize("change", ["as_variant", "of_each_kind"])
+def test_a_hub_name_gives_each_part_in_the_format_that_it_has(tmp_path, first, monkeypatch, change):
+    remote = tmp_path / "remote"
+    shutil.copytree(first / "in", remote)
+    change_weights(remote, globals()[change])
+    monkeypatch.chdir(tmp_path)
+    play_hub(monkeypatch, remote, tmp_path / "cache")
+    answer = converted("someone/tiny", tmp_path / "a.safetensors")
+    assert answer.out.count("has no plain weights, so ") == (3 if change == "as_variant" else 1)
+    assert (tmp_path / "a.safetensors").read_bytes() == (first / "a.safetensors").read_bytes()
+
+
+def test_a_hub_name_without_weights_of_a_part_says_which(tmp_path, first, monkeypatch):
+    shutil.copytree(first / "in", tmp_path / "remote")
+    (tmp_path / "remote" / "vae" / WEIGHTS["vae"]).unlink()
+    monkeypatch.chdir(tmp_path)
+    play_hub(monkeypatch, tmp_path / "remote", tmp_path / "cache")
+    refused(convert("someone/tiny", tmp_path / "out"), "someone/tiny/vae: holds no weights; looked for diffusion_pyt")
+
+
 def test_a_prediction_type_that_a_file_cannot_tell_is_said(tmp_path, first):
     answer = converted(first / "a.safetensors", tmp_path / "a.safetensors", "--prediction-type", "v")
     assert "assume epsilon: tell them that it is v" in answer.out
     assert "assume" not in converted(first / "a.safetensors", tmp_path / "b.safetensors").out
+
+
+def write_marked(path, first, *markers, **options):
+    """Write the single file of version 1 with empty tensors of these names, as trainers of v do."""
+    save_file(load_file(first / "a.safetensors") | {name: torch.tensor([]) for name in markers}, path, **options)
+    return path
+
+
+def test_marker_tensors_say_the_prediction_type_and_the_schedule(tmp_path, first):
+    for markers, zero in ((("v_pred",), False), (("v_pred", "ztsnr"), True)):
+        source = write_marked(tmp_path / "a.safetensors", first, *markers)
+        converted(source, tmp_path / "out", "--tokenizer", first / "vocabulary")
+        theirs = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+        assert theirs.config.prediction_type == "v_prediction"
+        assert (theirs.alphas_cumprod[-1] == 0) == zero
+        theirs.set_timesteps(10)
+        assert (theirs.timesteps[0] == 999) == zero
+        ours, defaults, sampler = read_scheduler(tmp_path / "out" / "scheduler" / "scheduler_config.json")
+        np.testing.assert_allclose(ours.make_schedule().alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+        assert (ours.prediction_type, defaults[sampler].spacing) == ("v", "trailing" if zero else "leading")
+        unet = load_file(tmp_path / "out" / "unet" / WEIGHTS["unet"])
+        assert_same(unet, load_file(first / "in" / "unet" / WEIGHTS["unet"]))
+    refused(convert(source, tmp_path / "b.safetensors"), "rescale_betas_zero_snr is True")
+    converted(write_marked(tmp_path / "a.safetensors", first, "v_pred"), tmp_path / "b.safetensors")
+    assert "v_pred" not in load_file(tmp_path / "b.safetensors")
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "v"
+
+
+def test_marker_tensors_that_contradict_are_refused(tmp_path, first):
+    words = tmp_path / "out", "--tokenizer", first / "vocabulary"
+    source = write_marked(tmp_path / "a.safetensors", first, "ztsnr")
+    refused(convert(source, *words), "its tensor ztsnr says that the last timestep is pure noise", "-type v, if")
+    metadata = {"modelspec.prediction_type": "epsilon"}
+    source = write_marked(tmp_path / "a.safetensors", first, "v_pred", metadata=metadata)
+    refused(convert(source, *words), "modelspec.prediction_type 'epsilon', but its tensor v_pred says v")
+    converted(source, *words, "--prediction-type", "epsilon")
 
 
 # --- what is refused
@@ -457,7 +521,9 @@ def not_finite(single):
 
 def xl(single):
     single["conditioner.embedders.0.transformer.x"] = torch.ones(1)
-    return "holds text encoders named conditioner, as Stable Diffusion XL has"
+    return (
+        "holds conditioner.embedders.0.transformer.x, so it is Stable Diffusion XL or its kin; taken here is a single"
+    )
 
 
 def no_vae(single):
@@ -529,6 +595,8 @@ def test_a_single_file_that_does_not_fit_is_refused(tmp_path, first, spoil):
         ("vae/config.json", {"scaling_factor": 0.13}, "vae: scaling_factor is 0.13"),
         ("vae/config.json", {"latents_mean": [1.0]}, "vae: latents_mean is [1.0]"),
         ("text_encoder/config.json", {"num_attention_heads": 4}, "text_encoder: num_attention_heads is 4"),
+        ("text_encoder/config.json", {"rope_theta": 1.5}, "rope_theta is 1.5, but jaxdiff does not know this key"),
+        ("text_encoder/config.json", {"pruned_heads": {"0": [0]}}, "pruned_heads {'0': [0]} asks for another network"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("text_encoder/config.json", {"hidden_act": "gelu"}, "the text encoder of Stable Diffusion 2.x"),
         ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "scheduler: beta_end is 0.02"),
@@ -613,6 +681,44 @@ def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_written(tmp
     assert not out.exists()
     # The folder of a pipeline has it in a sub-folder.
     converted(single, out, "--tokenizer", first / "in")
+
+
+def test_keys_that_any_config_of_transformers_has_are_no_hindrance(tmp_path, first):
+    shutil.copytree(first / "in", tmp_path / "in")
+    more = {"pruned_heads": {}, "is_decoder": False, "top_k": 50, "return_dict": True, "id2label": {"0": "LABEL_0"}}
+    change_json(
+        tmp_path / "in" / "text_encoder" / "config.json", {**more, "dropout": 0.0, "chunk_size_feed_forward": 0}
+    )
+    converted(tmp_path / "in", tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (first / "a.safetensors").read_bytes()
+
+
+def test_added_words_are_refused_unless_a_folder_is_written(tmp_path, first):
+    words = {"<cat-toy>": len(vocabulary()), "<dog-toy>": len(vocabulary()) + 1}
+    pipeline = make_standard_pipeline(tmp_path, text_encoder={"vocab_size": len(vocabulary()) + 2})
+    pipeline.tokenizer.add_tokens(list(words))
+    pipeline.save_pretrained(tmp_path / "in")
+    sentence = (
+        "tokenizer: has added words: <cat-toy>, <dog-toy>, which programs that read single files do not know: save"
+    )
+    refused(convert(tmp_path / "in", tmp_path / "a.safetensors"), sentence)
+    converted(tmp_path / "in", tmp_path / "out")
+    assert CLIPTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")("<dog-toy>").input_ids[1] == words["<dog-toy>"]
+    # As transformers before 5 wrote them.
+    shutil.copytree(first / "vocabulary", tmp_path / "in" / "tokenizer", dirs_exist_ok=True)
+    (tmp_path / "in" / "tokenizer" / "tokenizer.json").unlink()
+    (tmp_path / "in" / "tokenizer" / "added_tokens.json").write_text(json.dumps(words))
+    refused(convert(tmp_path / "in", tmp_path / "a.safetensors"), sentence)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_token_table_that_is_too_long_for_a_single_file(tmp_path):
+    make_standard_pipeline(tmp_path, text_encoder={"vocab_size": 49410}).save_pretrained(tmp_path / "in")
+    refused(
+        convert(tmp_path / "in", tmp_path / "a.safetensors"),
+        "text_encoder: its token table has 49410 rows, but programs that read single files know 49408 tokens: save the",
+    )
+    converted(tmp_path / "in", tmp_path / "out")
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, first, monkeypatch):

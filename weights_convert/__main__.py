@@ -52,8 +52,8 @@ class StableDiffusionConfig:
     ema: bool = False
     """Take the averaged weights that full checkpoints hold beside the last. Only with a single file."""
     prediction_type: Literal["epsilon", "v"] | None = None
-    """What the network predicts; None means as the file's metadata say, else epsilon. v for the 768-pixel models of
-    2.x. Only with a single file."""
+    """What the network predicts; None means as the file's metadata or its tensor v_pred say, else epsilon. v for the
+    768-pixel models of 2.x. Only with a single file."""
 
 
 CONFIGS: dict[str, type] = {"ddpm": Config, "stable_diffusion": StableDiffusionConfig}

@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.file_kinds import check_kind
+from jaxdiff.io.hub import open_model
+from jaxdiff.io.pretrained_files import DIFFUSERS as FILES
+from jaxdiff.io.pretrained_files import candidates, find_weights, read_tensors, say_if_variant
 from jaxdiff.io.weights import flatten_params, spec_of, unflatten_params
 from jaxdiff.models.unet import PRETRAINED, UNetConfig
 from jaxdiff.recipes.diffusers_scheduler import read_scheduler
@@ -30,18 +34,11 @@ from jaxdiff.recipes.pretrained_unet import (
 from weights_convert.diffusers_config import translate_unet
 from weights_convert.output import check_output
 from weights_convert.rules import Rule, convert
-from weights_convert.source import digest, find_source, find_weights, read_tensors
+from weights_convert.source import Open, digest, find_source
 from weights_convert.unet_tables import DIFFUSERS, FREQUENCIES, course_rules
 
-WEIGHTS_OF_DIFFUSERS = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.bin",
-)
-DOWNLOADS = (
-    ("diffusion_pytorch_model*.safetensors*", "unet/diffusion_pytorch_model*.safetensors*"),
-    ("diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin"),
-)
+WEIGHTS_OF_DIFFUSERS = candidates(FILES, "never")
+SCHEDULERS = ("scheduler/scheduler_config.json", "scheduler_config.json")
 COURSE = "course-face"
 COURSE_IMAGE_SIZE = 256
 COURSE_SAMPLING = SamplingDefaults(spacing="leading", steps_offset=1, final=0, clip=False)
@@ -55,7 +52,7 @@ def run(source: str, out: Path, revision: str | None = None) -> list[Path]:
       InputError: the source is missing, damaged, or not a UNet that jaxdiff has.
     """
     folder = check_output(out, FORMAT, (CONFIG, WEIGHTS))
-    path = find_source(source, DOWNLOADS, revision)
+    path = find_source(source, fetch_files, revision)
     params, config = convert_folder(source, path) if path.is_dir() else convert_course(source, path)
     print(
         f"{source}: {sum(leaf.size for leaf in flatten_params(params).values()):,} parameters, "
@@ -64,19 +61,30 @@ def run(source: str, out: Path, revision: str | None = None) -> list[Path]:
     return save_pretrained_unet(folder, params, config)
 
 
+def fetch_files(name: str, open_part: Open) -> None:
+    """Fetch what is converted of a pipeline of diffusers, or of its model alone."""
+    whole = open_part("")
+    part = "unet" if whole("unet/config.json") else ""
+    if not part:
+        whole("config.json")
+    for scheduler in SCHEDULERS:
+        whole(scheduler)
+    find_weights(name, open_part(part), WEIGHTS_OF_DIFFUSERS)
+
+
 def convert_folder(name: str, folder: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     """Return the parameters and the config of a pipeline folder of diffusers, or of a folder of its model alone."""
     model = folder / "unet" if (folder / "unet").is_dir() else folder
     unet, image_size = translate_unet(model / "config.json")
-    schedulers = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
-    found = [path for path in schedulers if path.is_file()]
+    found = [folder / name for name in SCHEDULERS if (folder / name).is_file()]
     diffusion, sampling = ForwardProcess(), SamplingDefaults()
     if found:
         diffusion, defaults, sampler = read_scheduler(found[0])
         sampling = next((of for name, of in defaults.items() if name == sampler), defaults["ddim"])
     else:
         print(f"{name}: no scheduler_config.json, so schedule and sampling are set as in DDPM (arXiv 2006.11239)")
-    weights = find_weights(model, WEIGHTS_OF_DIFFUSERS)
+    weights = find_weights(str(model), open_model(model), WEIGHTS_OF_DIFFUSERS)
+    say_if_variant(str(model), weights)
     source = Source(name, digest(weights))
     try:
         config = PretrainedConfig(unet, image_size, diffusion, sampling, source)
@@ -91,6 +99,7 @@ def convert_course(name: str, path: Path) -> tuple[dict[str, Any], PretrainedCon
     tensors = read_tensors(path)
     if "conv_in.weight" in tensors:
         raise InputError(f"{path}: weights of diffusers, which need the config.json beside them; name their folder")
+    check_kind(str(path), tensors, "course")
     params = convert_tensors(str(path), tensors, course_rules(unet), unet)
     if FREQUENCIES in tensors:
         check_frequencies(path, tensors[FREQUENCIES], unet.block_out_channels[0])

@@ -12,6 +12,7 @@ from typing import Any
 from jaxdiff.errors import InputError
 from jaxdiff.io.strict_json import decode, read_strict_json
 from jaxdiff.io.weights import LazyTensors
+from jaxdiff.models.clip_config import OTHER_NETWORKS, WITHOUT_EFFECT, check_keys
 from jaxdiff.recipes.diffusers_autoencoder import AUTOENCODER, AUTOENCODER_FIXED
 from jaxdiff.recipes.diffusers_latent_unet import LATENT_UNET, LATENT_UNET_FIXED
 from weights_convert.sd_layout import Layout, TextLayout, UNetLayout, VAELayout
@@ -42,9 +43,8 @@ NO_ACCOUNT = {
     "unet": {"sample_size", "upcast_attention", "dropout", "addition_embed_type_num_heads", "split_head_dim"}
     | {"use_memory_efficient_attention"},
     "vae": {"sample_size", "force_upcast"},
-    "text_encoder": {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "initializer_range"}
-    | {"initializer_factor", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id", "dropout"}
-    | {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"},
+    # Those of other networks are refused when a folder is read.
+    "text_encoder": {"projection_dim", *WITHOUT_EFFECT, *OTHER_NETWORKS},
 }
 """Keys that change neither tensors nor what is computed of them, but for its precision."""
 UNET_DEFAULTS, VAE_DEFAULTS = (
@@ -96,8 +96,13 @@ class Pipeline:
         return (size if type(size) is int else 64) * 2 ** (len(self.layout.vae.channels) - 1)
 
 
-def implied_configs(layout: Layout, size: int) -> dict[str, Config]:
-    """Return the configs that a single file of this layout implies, for square images of `size` pixels.
+def implied_configs(layout: Layout, size: int, prediction_type: str = "epsilon") -> dict[str, Config]:
+    """Return the configs that a single file of this layout implies.
+
+    Args:
+      layout: of the three networks.
+      size: height and width of the pictures that the model was trained with, in pixels.
+      prediction_type: what the network predicts, in diffusers' words.
 
     Raises:
       InputError: it has sizes that those settings cannot part into groups or heads; the message does not name the file.
@@ -124,6 +129,8 @@ def implied_configs(layout: Layout, size: int) -> dict[str, Config]:
             "attention_head_dim": heads,
             "cross_attention_dim": unet.context,
             "use_linear_projection": unet.linear,
+            # As published for 2.1, whose scores of attention float16 cannot hold; 2.0 loses nothing by it but time.
+            **({"upcast_attention": True} if layout.version == 2 and prediction_type == "v_prediction" else {}),
             **{name: UNET_DEFAULTS[name] for name in ("act_fn", "downsample_padding", "flip_sin_to_cos", "freq_shift")},
             **{name: UNET_DEFAULTS[name] for name in ("mid_block_scale_factor", "norm_eps", "norm_num_groups")},
         },
@@ -159,8 +166,13 @@ def implied_configs(layout: Layout, size: int) -> dict[str, Config]:
     return _with_rows(layout, jsons)
 
 
-def implied_scheduler(prediction_type: str) -> dict[str, Any]:
-    """Return the scheduler_config.json of the published models: PNDM, but DDIM for 2.x, which predicts v."""
+def implied_scheduler(prediction_type: str, zero_terminal_snr: bool = False) -> dict[str, Any]:
+    """Return the scheduler_config.json of the published models: PNDM, but DDIM for 2.x, which predicts v.
+
+    Args:
+      prediction_type: what the network predicts, in diffusers' words.
+      zero_terminal_snr: whether its last timestep is pure noise; then its samples must begin there (arXiv 2305.08891).
+    """
     pndm = {"skip_prk_steps": True} if prediction_type == "epsilon" else {}
     return {
         "_class_name": "PNDMScheduler" if pndm else "DDIMScheduler",
@@ -172,6 +184,7 @@ def implied_scheduler(prediction_type: str) -> dict[str, Any]:
         "set_alpha_to_one": False,
         "clip_sample": False,
         **pndm,
+        **({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_terminal_snr else {}),
     }
 
 
@@ -210,6 +223,11 @@ def check_standard(name: str, pipeline: Pipeline) -> str:
         implied = implied_configs(pipeline.layout, pipeline.image_size)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+    if (tokens := pipeline.layout.text_encoder.tokens) > (usual := TEXT_DEFAULTS["vocab_size"]):
+        raise InputError(
+            f"{name}, text_encoder: its token table has {tokens} rows, but programs that read single files know "
+            f"{usual} tokens: save the added rows as learned embeddings instead, or convert to a folder"
+        )
     defaults = {"unet": UNET_DEFAULTS, "vae": VAE_DEFAULTS, "text_encoder": TEXT_DEFAULTS}
     for part, config in pipeline.configs.items():
         given = {key: value for key, value in config.json.items() if not key.startswith("_")}
@@ -273,6 +291,7 @@ def _vae_layout(given: Mapping[str, Any]) -> VAELayout:
 
 
 def _text_layout(given: Mapping[str, Any]) -> TextLayout:
+    check_keys(given, {*TEXT_DEFAULTS, "projection_dim"})
     fields = TEXT_DEFAULTS | dict(given)
     if fields["hidden_act"] not in ("quick_gelu", "gelu"):
         raise ValueError(f"hidden_act is {fields['hidden_act']!r}, where jaxdiff has quick_gelu and gelu")

@@ -11,7 +11,15 @@ import numpy as np
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch, open_model
 from jaxdiff.io.msgpack_files import read_msgpack
-from jaxdiff.io.pretrained_files import VARIANTS, with_variant
+from jaxdiff.io.pretrained_files import (
+    CONFIG,
+    DIFFUSERS,
+    TRANSFORMERS,
+    candidates,
+    find_weights,
+    read_tensors,
+    say_if_variant,
+)
 from jaxdiff.io.strict_json import read_strict_json
 from jaxdiff.io.tokenizer import (
     BEGIN,
@@ -21,36 +29,22 @@ from jaxdiff.io.tokenizer import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
     read_tokenizer,
+    read_vocabulary,
 )
 from jaxdiff.io.torch_layout import modern_name, torch_axes, torch_name
-from jaxdiff.io.weights import LazyTensors, flatten_params, write_safetensors
+from jaxdiff.io.weights import LazyTensors, flatten_params, list_faults, write_safetensors
 from jaxdiff.recipes.pipeline_folder import INDEX, check_no_more_parts
 from jaxdiff.recipes.pipeline_folder import SCHEDULER as SCHEDULER_CONFIG
 from weights_convert.sd_configs import CLASSES, DIFFUSERS_VERSION, Pipeline, read_configs
 from weights_convert.sd_layout import Layout
 from weights_convert.sd_tables import to_single
-from weights_convert.source import find_weights, read_tensors
+from weights_convert.source import Open
 
 MARK = "_converted_by"
 SCHEDULER = f"scheduler/{SCHEDULER_CONFIG}"
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-OTHER_WEIGHTS = {
-    "unet": ("diffusion_pytorch_model.bin", "diffusion_flax_model.msgpack"),
-    "vae": ("diffusion_pytorch_model.bin", "diffusion_flax_model.msgpack"),
-    "text_encoder": ("pytorch_model.bin", "flax_model.msgpack"),
-}
-DOWNLOADS = tuple(
-    tuple(f"{part}/{name}" for part, name in names.items())
-    for names in (
-        {part: f"{name.removesuffix('.safetensors')}*.safetensors*" for part, name in WEIGHTS.items()},
-        {part: names[0] for part, names in OTHER_WEIGHTS.items()},
-        {part: names[1] for part, names in OTHER_WEIGHTS.items()},
-    )
-)
+FILES = {"unet": DIFFUSERS, "vae": DIFFUSERS, "text_encoder": TRANSFORMERS}
+"""What the library of each network calls its weights."""
+WEIGHTS = {part: files.safetensors for part, files in FILES.items()}
 PIPELINES = {9: "StableDiffusionInpaintPipeline", 8: "StableDiffusionInstructPix2PixPipeline"}
 """Classes of pipelines by the channels that their UNet reads: latents, a picture's latents, a mask."""
 PIPELINE = "StableDiffusionPipeline"
@@ -59,6 +53,28 @@ POSITION_IDS = "text_model.embeddings.position_ids"
 
 Files = Mapping[str, bytes]
 """Contents of the tokenizer's files by name."""
+
+
+def fetch_folder(name: str, open_part: Open) -> None:
+    """Fetch what is converted of a pipeline, of each network the weights that `read_folder` will read.
+
+    Raises:
+      InputError: a network has no weights.
+    """
+    networks = {part: open_part(part) for part in FILES}
+    for fetch in networks.values():
+        fetch(CONFIG)
+    for part, files in {"scheduler": (SCHEDULER_CONFIG,), "tokenizer": TOKENIZER_FILES}.items():
+        fetch = open_part(part)
+        for file in files:
+            fetch(file)
+    for part, fetch in networks.items():
+        _find_part(f"{name}/{part}", fetch, part)
+
+
+def _find_part(name: str, fetch: Fetch, part: str) -> Path:
+    # msgpack files come last, because they are read as a whole.
+    return find_weights(name, fetch, candidates(FILES[part], "last"))
 
 
 def read_folder(folder: Path) -> Pipeline:
@@ -78,13 +94,9 @@ def read_folder(folder: Path) -> Pipeline:
         raise InputError(f"{folder / SCHEDULER}: _class_name is {name!r}, not the name of a scheduler")
     scheduler["_class_name"] = name.removeprefix("Flax")
     networks = {}
-    for part, name in WEIGHTS.items():
-        plain = [name, f"{name}.index.json", *OTHER_WEIGHTS[part]]
-        # msgpack files, which come last, have no variants.
-        varied = [with_variant(file, word) for word in VARIANTS for file in plain[:-1]]
-        path = find_weights(folder / part, [*plain, *varied])
-        if path.name in varied:
-            print(f"{folder / part}: has no plain weights, so {path.name} is read")
+    for part in FILES:
+        path = _find_part(str(folder / part), open_model(folder, subfolder=part), part)
+        say_if_variant(str(folder / part), path)
         tensors = read_msgpack_tensors(path) if path.suffix == ".msgpack" else read_tensors(path)
         networks[part] = to_modern(part, tensors)
         to_single(str(path), configs[part].rows, networks[part])  # which checks names and shapes
@@ -176,6 +188,23 @@ def read_own_tokenizer(folder: Path, layout: Layout) -> Files:
       InputError: as `read_files`.
     """
     return read_files(str(folder / "tokenizer"), open_model(folder, subfolder="tokenizer"), layout)
+
+
+def check_no_added_words(folder: Path) -> None:
+    """Check that the tokenizer of a pipeline's folder, where it has one, has the words of its vocabulary alone.
+
+    Raises:
+      InputError: it has more, of which a single file could not tell.
+    """
+    name, fetch = str(folder / "tokenizer"), open_model(folder, subfolder="tokenizer")
+    if not any(fetch(file) for file in VOCABULARY_FILES):
+        return
+    _, vocab, _, added = read_vocabulary(name, fetch)
+    if words := [word for word in added if word not in vocab]:
+        raise InputError(
+            f"{name}: {list_faults(has_added_words=words)}, which programs that read single files do not know: save "
+            "their rows of the token table as learned embeddings instead, or convert to a folder"
+        )
 
 
 def write_folder(folder: Path, pipeline: Pipeline, tokenizer: Files) -> list[Path]:

@@ -106,10 +106,6 @@ def read_layout(specs: Mapping[str, Spec]) -> Layout:
     Raises:
       InputError: they are not those of Stable Diffusion 1.x or 2.x; the message does not name the file.
     """
-    if any(name.startswith("conditioner.") for name in specs):
-        raise InputError(
-            "holds text encoders named conditioner, as Stable Diffusion XL has, which jaxdiff does not convert"
-        )
     for prefix, what in ((UNET, "UNet"), (VAE, "VAE"), ("cond_stage_model.", "text encoder")):
         if not any(name.startswith(prefix) for name in specs):
             raise InputError(f"holds no {what} (no name begins with {prefix}); is it another kind of file?")

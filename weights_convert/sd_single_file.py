@@ -1,17 +1,21 @@
 """One file with all of Stable Diffusion, as CompVis published it and A1111 and ComfyUI read it.
 
 Beside the three networks such files hold what training leaves: tables of the noise schedule, averaged weights under
-names without dots, optimiser states. What is not a network is ignored by name; all else must fit.
+names without dots, optimiser states. What is not a network is ignored by name; all else must fit. Two tensors say
+something by their names alone: `v_pred`, that the network predicts v, and `ztsnr`, that its last timestep is pure noise
+(arXiv 2305.08891). Both are read and neither is written: the prediction type stands in the metadata, and of a model
+with the other no single file is made.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.file_kinds import check_kind
 from jaxdiff.io.torch_files import read_checkpoint
 from jaxdiff.io.weights import LazyTensors, TensorFile, list_faults, write_safetensors
 from weights_convert.sd_configs import SCHEDULE, Pipeline, check_standard, implied_configs, implied_scheduler
@@ -24,6 +28,8 @@ SCHEDULE_TABLES = (
     "posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|lvlb_weights|logvar|scale_factor"
 )
 EMA = "model_ema."
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
+"""Empty tensors that trainers put beside the networks."""
 IGNORED = (
     SCHEDULE_TABLES,
     r"model_ema\.(decay|num_updates)",
@@ -31,6 +37,7 @@ IGNORED = (
     r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids",
     r"cond_stage_model\.transformer\.vision_model\..*",
     r"embedding_manager\..*",
+    f"{V_MARKER}|{ZERO_SNR_MARKER}",
     r"cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)",
 )
 """Whole names of what is no part of the networks."""
@@ -48,7 +55,7 @@ def read_single_file(path: Path, ema: bool = False, prediction_type: str | None 
     Args:
       path: of the file.
       ema: take the averaged weights of the denoising network, which full checkpoints hold beside the last.
-      prediction_type: epsilon or v; None means as the file's metadata say, else epsilon for 1.x.
+      prediction_type: epsilon or v; None means as the file's metadata or its marker say, else epsilon for 1.x.
 
     Raises:
       InputError: it is another kind of file, or a tensor is missing, not expected or of another shape, or it is
@@ -56,13 +63,14 @@ def read_single_file(path: Path, ema: bool = False, prediction_type: str | None 
     """
     is_safetensors = path.suffix == ".safetensors"
     source = TensorFile(path) if is_safetensors else read_checkpoint(path)
+    check_kind(str(path), source, "checkpoint")
     metadata = source.metadata if isinstance(source, TensorFile) else {}
     tensors = rename(str(path), source, ema)
     try:
         layout = read_layout(tensors.specs)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    prediction_type = prediction_type or metadata.get(PREDICTION_TYPE)
+    prediction_type = prediction_type or read_prediction_type(path, metadata, tensors.specs)
     if prediction_type is None and layout.version == 2:
         raise InputError(
             f"{path}: nothing in it says what this Stable Diffusion 2.x predicts: set --prediction-type, which is "
@@ -71,6 +79,12 @@ def read_single_file(path: Path, ema: bool = False, prediction_type: str | None 
     prediction_type = prediction_type or "epsilon"
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"{path}: its metadata say {PREDICTION_TYPE} {prediction_type!r}; set --prediction-type")
+    zero_terminal_snr = ZERO_SNR_MARKER in tensors.specs
+    if zero_terminal_snr and prediction_type != "v":
+        raise InputError(
+            f"{path}: its tensor {ZERO_SNR_MARKER} says that the last timestep is pure noise, of which a network that "
+            "predicts epsilon says nothing: set --prediction-type v, if that is what it predicts"
+        )
     size = 768 if layout.version == 2 and prediction_type == "v" else 512
     if match := re.fullmatch(r"(\d{1,5})x\1", metadata.get(RESOLUTION, "")):
         size = int(match[1])
@@ -85,11 +99,29 @@ def read_single_file(path: Path, ema: bool = False, prediction_type: str | None 
         for part, prefix in prefixes.items()
     }
     try:
-        configs = implied_configs(layout, size)
+        configs = implied_configs(layout, size, PREDICTION_TYPES[prediction_type])
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     networks = {part: to_folder(str(path), configs[part].rows, parts[part]) for part in parts}
-    return Pipeline(layout, configs, networks, implied_scheduler(PREDICTION_TYPES[prediction_type]))
+    scheduler = implied_scheduler(PREDICTION_TYPES[prediction_type], zero_terminal_snr)
+    return Pipeline(layout, configs, networks, scheduler)
+
+
+def read_prediction_type(path: Path, metadata: Mapping[str, str], names: Collection[str]) -> str | None:
+    """Return what a file says of its prediction type, by its metadata or its marker; None if it says nothing.
+
+    Raises:
+      InputError: the two contradict each other.
+    """
+    told = metadata.get(PREDICTION_TYPE)
+    if V_MARKER not in names:
+        return told
+    if told not in (None, "v"):
+        raise InputError(
+            f"{path}: its metadata say {PREDICTION_TYPE} {told!r}, but its tensor {V_MARKER} says v; set "
+            "--prediction-type"
+        )
+    return "v"
 
 
 def rename(origin: str, source: Mapping[str, np.ndarray], ema: bool) -> LazyTensors:

@@ -4,9 +4,9 @@
     python -m weights_convert stable_diffusion weights/sd15 sd15.safetensors
 
 SOURCE is a single file in CompVis' names (.safetensors, .ckpt), or a folder or hub name of diffusers with weights in
-safetensors, in shards or whole, torch's .bin or Flax's msgpack. OUT ending in .safetensors is a single file, as A1111
-and ComfyUI open; else it is a folder of diffusers, as jaxdiff opens too. Weights keep their width and their bits, and
-one tensor at a time is in memory, but for msgpack files, which are read as a whole.
+safetensors or torch's .bin, in shards or whole, or in Flax's msgpack. OUT ending in .safetensors is a single file, as
+A1111 and ComfyUI open; else it is a folder of diffusers, as jaxdiff opens too. Weights keep their width and their bits,
+and one tensor at a time is in memory, but for msgpack files, which are read as a whole.
 """
 
 import math
@@ -22,7 +22,8 @@ from jaxdiff.io.runs import check_writable
 from jaxdiff.io.weights import TensorFile
 from weights_convert.sd_configs import Pipeline
 from weights_convert.sd_folder import (
-    DOWNLOADS,
+    check_no_added_words,
+    fetch_folder,
     find_tokenizer,
     is_conversion,
     move_into_place,
@@ -53,7 +54,7 @@ def run(
     """
     out = check_out(out)
     to_file = out.suffix == ".safetensors"
-    path = find_source(source, DOWNLOADS, revision, small=("tokenizer/*",))
+    path = find_source(source, fetch_folder, revision)
     # Only to compare: the hub's cache has links to files whose names end in nothing.
     place = path.resolve()
     if out == place or out in place.parents or place in out.parents:
@@ -63,6 +64,8 @@ def run(
         if ignored := [flag for flag, value in given.items() if value]:
             raise InputError(f"{ignored[0]} has no effect on {source}, a folder, which has its own: drop it")
         pipeline = read_folder(path)
+        if to_file:
+            check_no_added_words(path)
         files = {} if to_file else read_own_tokenizer(path, pipeline.layout)
     else:
         if path.suffix not in SINGLE_FILES:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.file_kinds import check_kind
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.weight_files import note_weights
 from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
@@ -96,6 +97,7 @@ def read_adapter(path: Path) -> Adapter:
         raise InputError(f"--adapters {path}: no such file")
     note_weights(path)
     file = read_safetensors(path)
+    check_kind(f"--adapters {path}", file, "adapter")
     about = getattr(file, "metadata", {})
     if about.get("format") != FORMAT or not about.get("base"):
         raise InputError(f"--adapters {path}: no adapter of jaxdiff; files of words alone are given by --embeddings")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdiff.errors import InputError
+from jaxdiff.io.file_kinds import check_kind
 from jaxdiff.io.torch_files import read_torch
 from jaxdiff.io.weight_files import note_weights
 from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
@@ -34,9 +35,13 @@ def read_learned(path: Path) -> Learned:
     note_weights(path)
     tensors: Any
     if path.suffix == ".safetensors":
-        tensors = dict(read_safetensors(path))
+        tensors = read_safetensors(path)
+        check_kind(f"--embeddings {path}", tensors, "words")
+        tensors = dict(tensors)
     elif path.suffix in (".bin", ".pt"):
         tensors = read_torch(path)
+        inner = tensors.get("state_dict") if isinstance(tensors, Mapping) else None
+        check_kind(f"--embeddings {path}", inner or tensors if isinstance(tensors, Mapping) else (), "words")
         if isinstance(tensors, Mapping) and isinstance(tensors.get("string_to_param"), Mapping):
             tensors = {A1111: next(iter(tensors["string_to_param"].values()), None)}
     else:

@@ -1,9 +1,9 @@
 """Parameters in the files that transformers and diffusers publish: Flax msgpack, safetensors, torch."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from flax.serialization import msgpack_serialize
@@ -13,7 +13,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.io.hub import Fetch
 from jaxdiff.io.msgpack_files import read_msgpack
 from jaxdiff.io.strict_json import read_strict_json
-from jaxdiff.io.torch_files import read_state_dict
+from jaxdiff.io.torch_files import read_sharded_state_dict, read_state_dict
 from jaxdiff.io.torch_layout import as_float32, as_type, from_torch, to_torch
 from jaxdiff.io.weight_files import note_weights
 from jaxdiff.io.weights import (
@@ -86,40 +86,33 @@ def read_leaves(
     Raises:
       InputError: no such file, a damaged one, another model's, or one with numbers too large for `dtype`.
     """
-    names = candidates(files, from_pt, variant)
-    path = next((path for file in names if (path := fetch(file))), None)
-    if path is None:
-        raise InputError(f"{name}: holds no weights; looked for {', '.join(names)}")
-    if variant is None and any(f".{word}." in path.name for word in VARIANTS):
-        print(f"{name}: has no plain weights, so {path.name} is read")
+    path = find_weights(name, fetch, candidates(files, "never" if from_pt else "first", variant))
+    if variant is None:
+        say_if_variant(name, path)
     note_weights(path)
     if path.suffix == ".msgpack":
         return check_leaves(str(path), flatten_params(read_msgpack(path)), expected, ignored, dtype)
-    tensors: Mapping[str, np.ndarray]
-    if path.suffix == ".bin":
-        tensors = read_state_dict(path)
-    else:
-        if path.suffix == ".json":
-            fetch_shards(fetch, path)
-        tensors = read_safetensors(path)
-        for shard in getattr(tensors, "files", []):
-            note_weights(shard)
-        if getattr(tensors, "metadata", {}).get("format") == "flax":
-            return check_leaves(str(path), tensors, expected, ignored, dtype)
+    tensors = read_tensors(path)
+    for shard in getattr(tensors, "files", []):
+        note_weights(shard)
+    if getattr(tensors, "metadata", {}).get("format") == "flax":
+        return check_leaves(str(path), tensors, expected, ignored, dtype)
     if any(key.startswith(prefix) for key in tensors):
         prefix = ""
     return from_torch(str(path), tensors, expected, ignored, prefix, dtype)
 
 
-def candidates(files: FileNames, from_pt: bool = False, variant: str | None = None) -> list[str]:
+def candidates(
+    files: FileNames, msgpack: Literal["first", "last", "never"] = "first", variant: str | None = None
+) -> list[str]:
     """Return the names that a model's parameters may have, in the order in which they are looked for.
 
-    msgpack comes first, then safetensors, whole or in shards, then torch; without a variant, the plain files come
-    before those of `VARIANTS`.
+    safetensors come before torch, whole ones before shards; without a variant, the plain files come before those of
+    `VARIANTS`.
 
     Args:
       files: what the model's library calls the plain ones.
-      from_pt: leave msgpack out.
+      msgpack: where it stands among the plain files.
       variant: word before the ending.
 
     Raises:
@@ -127,12 +120,12 @@ def candidates(files: FileNames, from_pt: bool = False, variant: str | None = No
     """
     if variant is not None and not re.fullmatch(r"\w+", variant):
         raise InputError(f"variant={variant!r} is no word, such as fp16")
-    index = f"{files.safetensors}.index.json"
-    of_torch = [files.safetensors, index, files.torch]
+    of_torch = [name for file in (files.safetensors, files.torch) for name in (file, f"{file}.index.json")]
     if variant is not None:
         return [with_variant(file, variant) for file in of_torch]
     varied = [with_variant(file, word) for word in VARIANTS for file in of_torch]
-    return [*([] if from_pt else [files.msgpack]), *of_torch, *varied]
+    plain = {"first": [files.msgpack, *of_torch], "last": [*of_torch, files.msgpack], "never": of_torch}
+    return [*plain[msgpack], *varied]
 
 
 def with_variant(file: str, word: str) -> str:
@@ -141,8 +134,39 @@ def with_variant(file: str, word: str) -> str:
     return f"{stem}.{word}.{ending}"
 
 
+def find_weights(name: str, fetch: Fetch, names: Sequence[str]) -> Path:
+    """Return the first of the files that a model has; with an index, its shards are fetched too.
+
+    Raises:
+      InputError: it has none; the message begins with `name`.
+    """
+    path = next((path for file in names if (path := fetch(file))), None)
+    if path is None:
+        raise InputError(f"{name}: holds no weights; looked for {', '.join(names)}")
+    if path.suffix == ".json":
+        fetch_shards(fetch, path)
+    return path
+
+
+def say_if_variant(name: str, path: Path) -> None:
+    """Print which file is read where it is not the plain one."""
+    if any(f".{word}." in path.name for word in VARIANTS):
+        print(f"{name}: has no plain weights, so {path.name} is read")
+
+
+def read_tensors(path: Path) -> Mapping[str, np.ndarray]:
+    """Open a file of tensors, or the index of several, by its name: safetensors or torch's.
+
+    Raises:
+      InputError: as `read_safetensors`, `read_state_dict` and `read_sharded_state_dict`.
+    """
+    if path.suffix == ".json" and ".bin.index." in path.name:
+        return read_sharded_state_dict(path)
+    return read_safetensors(path) if path.suffix in (".safetensors", ".json") else read_state_dict(path)
+
+
 def fetch_shards(fetch: Fetch, index: Path) -> None:
-    """Fetch all files of a model that is split over several safetensors files."""
+    """Fetch all files of a model that is split over several."""
     weight_map = read_strict_json(index).get("weight_map")
     for file in sorted({str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else ()):
         # Of names with folders, the reader of the index tells what is wrong.

@@ -238,6 +238,25 @@ def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int
     Raises:
       InputError: files are missing or damaged, or have more tokens than the model.
     """
+    path, vocab, merges, added = read_vocabulary(name, fetch)
+    try:
+        tokenizer = CLIPTokenizer(vocab, merges, context_length, read_padding(fetch), added)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    largest = max(vocab.values()) + len([token for token in added if token not in vocab])
+    if largest >= vocab_size:
+        raise InputError(f"{path}: has token {largest}, but the model only knows 0..{vocab_size - 1}")
+    return tokenizer
+
+
+def read_vocabulary(name: str, fetch: Fetch) -> tuple[Path, dict[str, int], list[tuple[str, str]], dict[str, bool]]:
+    """Return the file that a vocabulary is read from, the ids of its tokens, its merges, and tokens beside it.
+
+    Of the tokens beside it, which may be in it too, the values tell whether they are looked for in lower case.
+
+    Raises:
+      InputError: files are missing or damaged.
+    """
     added: dict[str, bool] = {}
     vocab_file, merges_file, whole_file = (fetch(file) for file in ("vocab.json", "merges.txt", "tokenizer.json"))
     if vocab_file and merges_file:
@@ -252,14 +271,7 @@ def read_tokenizer(name: str, fetch: Fetch, context_length: int, vocab_size: int
         raise InputError(f"{name}: has no tokenizer; it should hold vocab.json and merges.txt, or tokenizer.json")
     if not all(type(value) is int for value in vocab.values()):
         raise InputError(f"{path}: must give each token a number")
-    try:
-        tokenizer = CLIPTokenizer(vocab, merges, context_length, read_padding(fetch), added)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    largest = max(vocab.values()) + len([token for token in added if token not in vocab])
-    if largest >= vocab_size:
-        raise InputError(f"{path}: has token {largest}, but the model only knows 0..{vocab_size - 1}")
-    return tokenizer
+    return path, vocab, merges, added
 
 
 def read_padding(fetch: Fetch) -> str:

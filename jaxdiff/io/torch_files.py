@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.weights import LazyTensors
+from jaxdiff.io.weights import LazyTensors, ShardedTensors
 
 MAX_PICKLE_BYTES = 2**22
 """Longest pickle that is read; a tensor needs about 200 bytes of it."""
@@ -52,9 +52,18 @@ def read_state_dict(path: Path) -> LazyTensors:
     Raises:
       InputError: as `read_torch`, or something else is in it.
     """
-    with _blaming(path):
-        value, records = _interpret_lazily(path, _KNOWN)
-    return _as_tensors(path, value, records)
+    return _open_state_dict(path)
+
+
+def read_sharded_state_dict(index: Path) -> ShardedTensors:
+    """Open the `*.bin.index*.json` of a model that was split over several files, each as `read_state_dict` reads it.
+
+    Raises:
+      InputError: as `read_state_dict`; or index and files do not fit each other.
+    """
+    # One for all, so that not the last storage of every file stays in memory.
+    cache: _Cache = {}
+    return ShardedTensors(index, ".bin", lambda path: _open_state_dict(path, cache))
 
 
 def read_checkpoint(path: Path) -> LazyTensors:
@@ -70,6 +79,12 @@ def read_checkpoint(path: Path) -> LazyTensors:
         value, records = _interpret_lazily(path, _KNOWN | dict.fromkeys(_THROWN_AWAY, _INERT))
     inner = value.get("state_dict") if isinstance(value, dict) else None
     return _as_tensors(path, value if inner is None else inner, records)
+
+
+def _open_state_dict(path: Path, cache: "_Cache | None" = None) -> LazyTensors:
+    with _blaming(path):
+        value, records = _interpret_lazily(path, _KNOWN, cache)
+    return _as_tensors(path, value, records)
 
 
 def _as_tensors(path: Path, value: Any, records: "_Records") -> LazyTensors:
@@ -192,6 +207,10 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+_Cache = dict[tuple[str | None, str], bytes]
+"""Bytes of storages by the archive's path and the storage's name."""
+
+
 class _Records:
     """The records of an archive.
 
@@ -200,16 +219,17 @@ class _Records:
       swapped: whether the bytes of numbers stand in the other order than this machine's.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, file_size: int, keeps_all: bool):
+    def __init__(self, archive: zipfile.ZipFile, file_size: int, keeps_all: bool, cache: _Cache | None = None):
         """Check the archive's directory.
 
         Args:
           archive: open; it stays so as long as storages are read.
           file_size: bytes of the archive.
           keeps_all: keep every storage that was read, not just the last.
+          cache: of several archives, of which together just the last storage is kept; None means one of its own.
         """
         self._archive, self._keeps_all = archive, keeps_all
-        self._cache: dict[str, bytes] = {}
+        self._cache: _Cache = {} if cache is None else cache
         self._sizes = {record.filename: record.file_size for record in archive.infolist()}
         if len(self._sizes) < len(archive.infolist()):
             raise ValueError("two records have one name")
@@ -249,16 +269,17 @@ class _Records:
 
     def read(self, key: str) -> bytes:
         """Return the bytes of a storage."""
-        if key not in self._cache:
+        place = self._archive.filename, key
+        if place not in self._cache:
             if not self._keeps_all:
                 self._cache.clear()
-            self._cache[key] = self._archive.read(f"{self._folder}data/{key}")  # compares the checksum
-        return self._cache[key]
+            self._cache[place] = self._archive.read(f"{self._folder}data/{key}")  # compares the checksum
+        return self._cache[place]
 
 
-def _interpret_lazily(path: Path, known: Mapping[str, Any]) -> tuple[Any, _Records]:
+def _interpret_lazily(path: Path, known: Mapping[str, Any], cache: _Cache | None = None) -> tuple[Any, _Records]:
     """Return what a file describes, with a `_View` for each tensor, and the records, which stay open."""
-    records = _Records(_open_archive(path), path.stat().st_size, keeps_all=False)
+    records = _Records(_open_archive(path), path.stat().st_size, keeps_all=False, cache=cache)
     return _interpret(records, known, finish=lambda view: view), records
 
 

@@ -109,20 +109,35 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 class ShardedTensors(Mapping[str, np.ndarray]):
-    """The tensors of a model that was split over several safetensors files, by name, as `TensorFile` gives them.
+    """The tensors of a model that was split over several files, by name, as the reader of one file gives them.
 
     Attributes:
       files: the files, in the order of their names.
     """
 
-    def __init__(self, index: Path):
+    def __init__(
+        self,
+        index: Path,
+        ending: str = ".safetensors",
+        open_file: Callable[[Path], "TensorFile | LazyTensors"] = TensorFile,
+    ):
+        """Open the files that an index names.
+
+        Args:
+          index: of the model.
+          ending: of the names of its files.
+          open_file: reader of one of them.
+
+        Raises:
+          InputError: index and files do not fit each other, or a file is damaged.
+        """
         self.path = index
-        weight_map = _read_index(index)
-        shards = {file: TensorFile(index.parent / file) for file in sorted(set(weight_map.values()))}
-        self.files = [shard.path for shard in shards.values()]
+        weight_map = _read_index(index, ending)
+        shards = {file: open_file(index.parent / file) for file in sorted(set(weight_map.values()))}
+        self.files = [index.parent / file for file in shards]
         self._shards = {name: shards[file] for name, file in weight_map.items()}
         found = Counter(name for shard in shards.values() for name in shard)
-        misplaced = [name for name, shard in self._shards.items() if name not in shard]
+        misplaced = [f"{name} ({weight_map[name]})" for name, shard in self._shards.items() if name not in shard]
         unlisted, twice = found.keys() - self._shards.keys(), [name for name, times in found.items() if times > 1]
         if faults := list_faults(not_where_it_says=misplaced, not_listed=unlisted, in_two_files=twice):
             raise InputError(f"{index}: does not fit its files ({faults}); download the folder again")
@@ -337,14 +352,14 @@ def _read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str], dict[str,
     return {name: (shape, _DTYPES[dtype]) for name, (shape, dtype) in specs.items()}, metadata, starts
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: Path, ending: str) -> dict[str, str]:
     """Return which file holds which tensor, having checked that all the files are there, beside the index."""
     weight_map = read_strict_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: has no weight_map, so it is not the index of a sharded model")
     for file in weight_map.values():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or {"/", "\\", "\0"} & set(file):
-            raise InputError(f"{path}: names {file!r}, but may only name safetensors files beside itself")
+        if not isinstance(file, str) or not file.endswith(ending) or {"/", "\\", "\0"} & set(file):
+            raise InputError(f"{path}: names {file!r}, but may only name {ending[1:]} files beside itself")
     if faults := list_faults(missing_beside_it={f for f in weight_map.values() if not (path.parent / f).is_file()}):
         raise InputError(f"{path}: {faults}; download the folder again")
     return weight_map

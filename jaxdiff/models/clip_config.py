@@ -3,7 +3,7 @@
 A key that is missing has the value of OpenAI's ViT-B/32, as in transformers, which leaves such keys out when it writes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -114,6 +114,45 @@ def check_tower(config: CLIPTextConfig | CLIPVisionConfig) -> None:
         raise InputError(f"hidden_act {config.hidden_act!r} is not known: it must be {' or '.join(ACTIVATIONS)}")
 
 
+WITHOUT_EFFECT = frozenset(
+    # Where a file comes from, and what its numbers were.
+    ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "finetuning_task")
+    + ("task_specific_params", "tokenizer_class", "prefix", "problem_type", "id2label", "label2id", "num_labels")
+    # Training: how parameters begin, and what is dropped or computed again.
+    + ("initializer_range", "initializer_factor", "dropout", "gradient_checkpointing")
+    # How a call is computed and what it returns, not what of.
+    + ("chunk_size_feed_forward", "return_dict", "output_attentions", "output_hidden_states", "output_scores")
+    + ("return_dict_in_generate", "torchscript", "use_bfloat16", "use_cache", "tf_legacy_loss")
+    # Language models alone, which write: CLIP's transformers have no head, no decoder and draw no words.
+    + ("tie_word_embeddings", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id")
+    + ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "max_length", "min_length", "do_sample")
+    + ("early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p")
+    + ("typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
+    + ("bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens")
+    + ("begin_suppress_tokens", "remove_invalid_values", "exponential_decay_length_penalty")
+)
+"""Keys that transformers 4 and 5 write into any model's config, and that change nothing of what CLIP computes.
+
+The ids of tokens count for the text transformer, which has fields for them.
+"""
+OTHER_NETWORKS = ("pruned_heads", "add_cross_attention", "is_decoder", "is_encoder_decoder")
+"""Keys of any model's config that ask for another network, unless they are false or empty."""
+OF_WHOLE = ("projection_dim", "logit_scale_init_value") + tuple(
+    f"{tower}_config{end}" for tower in ("text", "vision") for end in ("", "_dict")
+)
+"""Keys of a whole model's own."""
+
+
+def check_keys(values: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise InputError, naming the key, if a config says what jaxdiff does not know or does not have."""
+    for key, value in values.items():
+        if key in OTHER_NETWORKS and value:
+            raise InputError(f"{key} {value!r} asks for another network than CLIP's")
+        if key.startswith("_") or key in (*OTHER_NETWORKS, *known) or key in WITHOUT_EFFECT or value is None:
+            continue
+        raise InputError(f"{key} is {value!r}, but jaxdiff does not know this key")
+
+
 TowerConfig = TypeVar("TowerConfig", CLIPTextConfig, CLIPVisionConfig)
 MODEL_TYPES = {CLIPTextConfig: "clip_text_model", CLIPVisionConfig: "clip_vision_model"}
 
@@ -143,6 +182,10 @@ def tower_config(values: Mapping[str, Any], kind: type[TowerConfig]) -> TowerCon
     """
     require_type(values, "clip", MODEL_TYPES[kind])
     if values.get("model_type", "clip") == "clip":
+        try:
+            check_keys(values, OF_WHOLE)
+        except InputError as error:
+            raise InputError(f"config.json: {error}") from error
         name = "text_config" if kind is CLIPTextConfig else "vision_config"
         # Where an old file has both, its `..._dict` counts.
         own = values.get(f"{name}_dict") or values.get(name) or {}
@@ -150,10 +193,8 @@ def tower_config(values: Mapping[str, Any], kind: type[TowerConfig]) -> TowerCon
             raise InputError(f"config.json: {name} must be an object, got {own!r}")
         # Its own projection_dim is often a left-over.
         values = {**own, "projection_dim": values.get("projection_dim")}
-    for key in ("pruned_heads", "add_cross_attention", "is_decoder"):
-        if values.get(key):
-            raise InputError(f"config.json: {key} {values[key]!r} asks for another network than CLIP's")
     try:
+        check_keys(values, {entry.name for entry in fields(kind)})
         return kind(**given_fields(values, kind))
     except InputError as error:
         raise InputError(f"config.json: {error}") from error

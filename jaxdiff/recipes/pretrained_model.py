@@ -97,7 +97,7 @@ class FlaxPreTrainedModel:
 
         Args:
           name_or_path: OWNER/NAME on the Hugging Face hub, or a folder with config.json and flax_model.msgpack,
-            model.safetensors (in shards or whole) or pytorch_model.bin, which are looked for in this order.
+            model.safetensors or pytorch_model.bin (both in shards or whole), which are looked for in this order.
           revision: branch, tag or commit on the hub.
           subfolder: of the folder or of the hub's repository.
           dtype: what the networks compute in.
