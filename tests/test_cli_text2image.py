@@ -205,6 +205,15 @@ def test_long_prompts_are_encoded_in_pieces_of_75_tokens(folder):
     np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=0, atol=FLOAT32_ATOL)
 
 
+def test_a_model_whose_sampler_is_missing_is_drawn_with_the_one_named(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    edit(copy / "scheduler" / "scheduler_config.json", _class_name="DEISMultistepScheduler")
+    args = (f"--model={copy}", "--prompt=a photo", "--num-steps=2", f"--out={tmp_path / 'out'}")
+    assert "scheduler is DEISMultistepScheduler, which jaxdiff does not have: choose --sampler" in draw(*args).sentence
+    assert draw(*args, "--sampler=ddim").code == 0
+    assert draw(f"--model={copy}", "--sampler=ddim", "--dry-run").code == 0
+
+
 @pytest.mark.slow
 def test_a_rerun_draws_anew_what_another_config_would_draw_otherwise(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "model")

@@ -75,7 +75,11 @@ def prepare(
     else:
         name = str(tiny_world_folder(cache_folder(), mesh)) if settings.model == TINY_WORLD else settings.model
         pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
-            name, revision=settings.revision, dtype=dtype, decode_dtype=settings.decode_dtype
+            name,
+            revision=settings.revision,
+            dtype=dtype,
+            decode_dtype=settings.decode_dtype,
+            sampler=pictures.sampler,
         )
     adapters = read_adapters(settings.adapters, params, pipeline.tokenizer.vocab_size)
     learned = add_learned(read_all_learned(settings), words_of(adapters), "--adapters")
