@@ -367,6 +367,11 @@ def test_words_of_files_are_learned_beside_as_they_are_drawn(folders, tmp_path):
     (tmp_path / "texts").write_text("a photo of {}\n")
     with pytest.raises(InputError, match="no prompt says '<one>'"):
         prepare("digit")
+    # A longer word does not say the shorter one that it begins with.
+    write_learned(tmp_path / "<new.safetensors", {"<new": np.ones((1, 64), np.float32)})
+    model = LatentModelSettings("tiny", embeddings=(files[0], tmp_path / "<new.safetensors"))
+    with pytest.raises(InputError, match="no prompt says '<new'"):
+        prepare("digit")
 
 
 def test_a_text_to_draw_that_is_too_long_is_refused_before_anything_is_learned(folders, tmp_path):

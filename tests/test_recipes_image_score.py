@@ -21,14 +21,16 @@ def test_the_score_is_that_of_the_grader_for_each_word(world, tmp_path):  # noqa
         Image.fromarray(picture).save(file)
     prompts = ["a photo of <one>", "<one> next to <two>", "a photo of <two>"]
     originals = [np.stack(pictures[6:9]), np.stack(pictures[9:])]
-    score = make_image_score(str(folder / "clip"), ["<one>", "<two>"], originals, prompts, make_mesh(1))
+    learned = {word: np.ones((1, 8), np.float32) for word in ("<one>", "<two>", "<two>s")}
+    score = make_image_score(str(folder / "clip"), ["<one>", "<two>"], originals, prompts, learned, make_mesh(1))
     found = embed(folder, twin, files)
     cosines = 100 * found @ found.T
     # Pictures 0 to 3 are drawn with <one>, 2 to 5 with <two>.
     expected = (cosines[:4, 6:9].mean() + cosines[2:6, 9:].mean()) / 2
     np.testing.assert_allclose(score(pictures[:6]), float(expected), atol=1e-3)
-    with pytest.raises(InputError, match="none of --sample-prompts has the word <two>"):
-        make_image_score(str(folder / "clip"), ["<one>", "<two>"], originals, prompts[:1], make_mesh(1))
+    for others in ([], ["a photo of <two>s"]):  # which is another word
+        with pytest.raises(InputError, match="none of --sample-prompts has the word <two>"):
+            make_image_score("", ["<one>", "<two>"], originals, [prompts[0], *others], learned, make_mesh(1))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from jaxdiff.recipes.clip_scores import (
     presence_margins,
     text_scores,
 )
+from jaxdiff.recipes.learned_words import longest_of
 
 ANYTHING = "a photo"
 NAMING = "a photo of {}"
@@ -111,9 +112,7 @@ def task_groups(task: Path, generated: Path, references: Path, count: int) -> li
 
 def without(tokens: Sequence[str], prompt: str) -> str:
     """Return the prompt with the learned words left out."""
-    for token in tokens:
-        prompt = prompt.replace(token, " ")
-    return re.sub(r"\s+", " ", prompt).strip()
+    return re.sub(r"\s+", " ", longest_of(tokens).sub(" ", prompt)).strip()
 
 
 def list_pictures(folder: Path, flag: str) -> tuple[Path, ...]:

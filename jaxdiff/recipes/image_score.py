@@ -5,7 +5,7 @@
 It is the image score of the course's grader. It rises early and stays (arXiv 2302.04841), long before the loss says so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,13 +16,19 @@ from jaxtyping import Float, UInt8
 from jaxdiff.errors import InputError
 from jaxdiff.io.labelled_images import LabelledImages
 from jaxdiff.recipes.clip_features import Encoder, encode_images, load_encoder
+from jaxdiff.recipes.learned_words import words_said
 
 Pictures = Sequence[UInt8[np.ndarray, "_ _ 3"]]
 AT_ONCE = 8
 
 
 def make_image_score(
-    model: str, words: Sequence[str], originals: Sequence[Any], prompts: Sequence[str], mesh: Mesh
+    model: str,
+    words: Sequence[str],
+    originals: Sequence[Any],
+    prompts: Sequence[str],
+    learned: Mapping[str, Any],
+    mesh: Mesh,
 ) -> Callable[[Pictures], float]:
     """Return equation (1) as a function of pictures, as many of each prompt, prompt by prompt.
 
@@ -31,12 +37,14 @@ def make_image_score(
       words: that are learned.
       originals: the pictures of each.
       prompts: that pictures are drawn from.
+      learned: all words that the tokenizer was given, by which it is found what a prompt says, with their vectors.
       mesh: devices.
 
     Raises:
       InputError: the model cannot be read, or no prompt has one of the words.
     """
-    of_word = [[number for number, prompt in enumerate(prompts) if word in prompt] for word in words]
+    said = [words_said(prompt, learned) for prompt in prompts]
+    of_word = [[number for number, found in enumerate(said) if word in found] for word in words]
     for word, found in zip(words, of_word):
         if not found:
             raise InputError(f"--score-model: none of --sample-prompts has the word {word}, which is to be scored")

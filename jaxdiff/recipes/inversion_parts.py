@@ -133,7 +133,7 @@ def prepare_inversion(
     """
     texts = [text for speaks in texts_of(concepts, training.templates) for text in speaks]
     texts += [*training.sample_prompts, *(concept.initializer for concept in concepts), *training.prior]
-    check_said(model, texts)
+    check_said(model, texts, {concept.word: np.zeros((training.vectors_per_token, 1)) for concept in concepts})
     known = sum(map(len, read_all_learned(model).values()))
     frozen: list[Params] = []
     first: list[Learned] = []
@@ -181,7 +181,7 @@ def prepare_inversion(
     if training.score_model is None or not is_leader():
         return parts
     score = make_image_score(
-        training.score_model, parts.words, data.originals, prompts_of(parts, training), drawing.mesh
+        training.score_model, parts.words, data.originals, prompts_of(parts, training), drawing.learned, drawing.mesh
     )
     return replace(parts, score=score)
 
