@@ -71,7 +71,8 @@ class InversionSettings(OptimizationSettings):
     """Folder or Hugging Face name of a CLIP that scores the pictures along the way by their likeness to the concepts'
     own: the mean of 100 cosines, as the course's grader has it."""
     patience: int | None = None
-    """Stop when so many scores in a row have not risen. Only with --score-model."""
+    """Stop when so many scores in a row have not risen, and in any case save what had been learned at the best one.
+    Only with --score-model."""
     sample_steps: int = 25
     """Sampling steps of these pictures."""
     guidance_scale: float = 7.5

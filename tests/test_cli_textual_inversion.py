@@ -326,24 +326,73 @@ def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
     assert (about["adjust"], about["adjust_angle"], about["adjust_norm"]) == (["<new1>:photo"], 0.2, 1.0)
 
 
+EACH_STEP = (*(flag for flag in SMALL if "sample-every" not in flag), "--score-model=clip", "--sample-every=1")
+
+
+def scored(monkeypatch, *scores: float) -> None:
+    """Have the pictures of each step scored so, one after another."""
+    given = iter(scores)
+    monkeypatch.setattr(inversion_parts, "make_image_score", lambda *_: lambda pictures: float(next(given)))
+
+
+def saved_of(out) -> tuple[dict, np.ndarray]:
+    """Return the results of a run, and the one word that it saved."""
+    return json.loads((out / "results.json").read_text()), read_learned(out / "learned_embeds.safetensors")["<new1>"]
+
+
 @pytest.mark.slow
-def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, monkeypatch):
-    scores = iter([50.0, 60.0, 60.0, 61.0, 61.0])  # the last two are those of what is kept
-    monkeypatch.setattr(inversion_parts, "make_image_score", lambda *_: lambda pictures: next(scores))
-    concept = f"--concept=<new1>:{folders / 'thing'}:digit"
-    flags = ("--sample-every=1", "--score-model=clip", "--patience=1", f"--out={tmp_path / 'a'}")
+def test_learning_ends_when_the_pictures_become_no_better_and_the_best_is_saved(folders, tmp_path, monkeypatch):
+    same = (f"--concept=<new1>:{folders / 'thing'}:digit", *EACH_STEP, "--save-every=1", "--patience=1")
+    scored(monkeypatch, 50, 60, 60, 61, 61)  # the last two are those of what is saved
     # Asked again, it knows that it had ended.
-    for step in range(2):
-        answer = learn(concept, *(flag for flag in SMALL if "sample-every" not in flag), *flags)
+    for again in (False, True):
+        answer = learn(*same, f"--out={tmp_path}")
         assert answer.code == 0, answer.err
-        assert "none of the last 1 is above 60.00" in answer.out
-        assert ("going on from step 3 of 6" in answer.out) == (step == 1)
-    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+        assert "none of the last 1 is above 60.00, that of step 2" in answer.out
+        assert "60.00 at step 2 is the best of 3; what was learned by then is saved" in answer.out
+        assert ("going on from step 3 of 6" in answer.out) == again
+        results, row = saved_of(tmp_path)
+        assert (results["steps"], results["saved.step"], results["saved.image_score"]) == (3, 2, 61)
+        state = ocp.StandardCheckpointer().restore(tmp_path / "checkpoints" / "2" / "state")
+        np.testing.assert_array_equal(row, state["ema_params"]["<new1>"])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["image_score"] for line in lines if "image_score" in line] == [50, 60, 60]
-    assert json.loads((tmp_path / "a" / "results.json").read_text())["last.image_score"] == 61
-    other = learn(concept, *(flag for flag in SMALL if "sample-every" not in flag), "--sample-every=2", *flags[1:])
+    assert "step 2, whose pictures scored best" in (tmp_path / "report.html").read_text()
+    other = learn(*same, "--sample-every=2", f"--out={tmp_path}")
     assert other.code == 2
     assert "sample_every was 1, is 2" in other.sentence
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_best_step_saves_the_same(folders, tmp_path, monkeypatch):
+    flags = ("--kv-learning-rate=0.01", "--adapter-rank=2", "--save-every=4", "--patience=4", "--seed=3")
+    same = (f"--concept=<new1>:{folders / 'thing'}:digit", *EACH_STEP, *flags)
+    scored(monkeypatch, 50, 70, 60, 61, 62, 63, 70)
+    assert learn(*same, f"--out={tmp_path / 'whole'}").code == 0
+
+    class Killed(BaseException):
+        pass
+
+    def score(pictures):
+        if not given:
+            raise Killed
+        return float(given.pop(0))
+
+    # Between the checkpoint of step 4 and its score, a step later, and between the last checkpoint and its score.
+    monkeypatch.setattr(inversion_parts, "make_image_score", lambda *_: score)
+    given: list[int] = []
+    for scores in ([50, 70, 60], [61], [62]):
+        given += scores
+        with pytest.raises(Killed):
+            learn(*same, f"--out={tmp_path / 'parts'}")
+    given += [63, 70]
+    answer = learn(*same, f"--out={tmp_path / 'parts'}")
+    assert answer.code == 0, answer.err
+    assert "going on from step 6 of 6" in answer.out
+    for name in ("learned_embeds.safetensors", "adapter.safetensors"):
+        whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
+        assert whole == parts
+    assert all(saved_of(tmp_path / run)[0]["saved.step"] == 2 for run in ("whole", "parts"))
 
 
 def test_words_of_files_are_learned_beside_as_they_are_drawn(folders, tmp_path):
