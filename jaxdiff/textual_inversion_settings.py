@@ -69,7 +69,7 @@ class InversionSettings(OptimizationSettings):
     """Pictures of each of these texts."""
     score_model: str | None = None
     """Folder or Hugging Face name of a CLIP that scores the pictures along the way by their likeness to the concepts'
-    own: the mean of 100 cosines, as the course's grader has it."""
+    own: the mean of 100 cosines, as the course's grader has it. `tiny-digits` needs no download."""
     patience: int | None = None
     """Stop when so many scores in a row have not risen, and in any case save what had been learned at the best one.
     Only with --score-model."""

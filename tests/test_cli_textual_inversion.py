@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 
-from jaxdiff import text2image, textual_inversion
+from jaxdiff import FlaxCLIPModel, text2image, textual_inversion
 from jaxdiff.errors import InputError
 from jaxdiff.io.adapters import read_adapter, write_adapter
 from jaxdiff.io.concept_pictures import parse_concept
@@ -24,7 +25,8 @@ from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.learned_embeddings import read_learned, write_learned
 from jaxdiff.io.weights import write_safetensors
 from jaxdiff.mesh import make_mesh
-from jaxdiff.recipes import inversion_parts, loop, text_to_image_model, training
+from jaxdiff.recipes import inversion_memory, inversion_parts, loop, text_to_image_model, training
+from jaxdiff.recipes.contrastive import tiny_digits_config
 from jaxdiff.recipes.custom_diffusion import text_matrices
 from jaxdiff.recipes.inversion_parts import prepare_inversion
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
@@ -437,6 +439,19 @@ def test_a_dry_run_says_what_learning_would_take(tmp_path, monkeypatch):
     for name in ("weights", "learning, 4 pictures a step", "encoding, 4 pictures at once", "in all, at the most"):
         assert re.search(rf"^{name} +\d+\.\d\d GB$", answer.out, re.MULTILINE)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_the_clip_that_scores(monkeypatch):
+    def numbers(tree) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    # Nothing is compiled.
+    sizes = lambda held, programs: {"held": numbers(held), **dict.fromkeys(programs, 0)}  # noqa: E731
+    monkeypatch.setattr(inversion_memory, "estimate_memory", sizes)
+    training = InversionSettings(size=16, score_model="tiny-digits")
+    found = inversion_memory.estimate_learning(["<a>"], LatentModelSettings("tiny"), training, make_mesh(1))
+    assert found["held"] == numbers([make_tiny("float32", "float32")[1], FlaxCLIPModel(tiny_digits_config()).params])
+    assert "scoring, 8 pictures at once" in found
 
 
 @pytest.mark.slow

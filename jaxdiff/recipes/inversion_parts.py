@@ -35,6 +35,7 @@ from jaxdiff.recipes.textual_inversion import (
 from jaxdiff.recipes.tiny_world import PICTURES, TEXTS, tiny_world_folder
 from jaxdiff.recipes.training import Stream, TrainState, create_state, make_optimizer, stream_key
 from jaxdiff.recipes.value_adapters import give_values, zero_values
+from jaxdiff.recipes.zeroshot import place_of
 from jaxdiff.text2image_settings import LatentModelSettings
 from jaxdiff.textual_inversion_settings import InversionSettings
 
@@ -178,10 +179,13 @@ def prepare_inversion(
     )
     remedy = "give the word fewer --vectors-per-token"
     drawing.tokenize(prompts_of(parts, training), remedy)  # refuses now what could not be drawn at the end
-    if training.score_model is None or not is_leader():
+    if training.score_model is None:
+        return parts
+    place = place_of(training.score_model, None, drawing.mesh)
+    if not is_leader():
         return parts
     score = make_image_score(
-        training.score_model, parts.words, data.originals, prompts_of(parts, training), drawing.learned, drawing.mesh
+        place, parts.words, data.originals, prompts_of(parts, training), drawing.learned, drawing.mesh
     )
     return replace(parts, score=score)
 
