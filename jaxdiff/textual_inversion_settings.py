@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from jaxdiff.settings import OptimizationSettings, as_flag, require, require_at_least
@@ -33,9 +32,9 @@ class InversionSettings(OptimizationSettings):
     """Rows that each word becomes."""
     mean_initializer: bool = False
     """Start from the mean of the tokens where an initialiser has several, instead of refusing it."""
-    templates: Path | None = None
-    """Text file of texts to learn all words from, one a line, {} for the word; None means the built-in ones, which are
-    others for styles."""
+    templates: tuple[str, ...] = ()
+    """FILE of texts to learn all words from, one a line, {} for the word; or object:FILE, style:FILE or both, for the
+    words of a kind. None means the built-in ones."""
     flip: bool = True
     """Learn from the pictures and from their mirror images; never so for the digit of the tiny world."""
     crops: int = 0

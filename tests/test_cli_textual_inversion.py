@@ -403,7 +403,9 @@ def test_words_of_files_are_learned_beside_as_they_are_drawn(folders, tmp_path):
     (tmp_path / "texts").write_text("a photo of {} <bg>\n{} <one>\n")
     files = tuple(tmp_path / f"{word}.safetensors" for word in ("<bg>", "<one>"))
     model, mesh = LatentModelSettings("tiny", embeddings=files), make_mesh(1)
-    settings = InversionSettings(templates=tmp_path / "texts", size=16, sample_prompts=("a photo of <new1> <bg>",))
+    settings = InversionSettings(
+        templates=(str(tmp_path / "texts"),), size=16, sample_prompts=("a photo of <new1> <bg>",)
+    )
 
     def prepare(initializer):
         concept = parse_concept(f"<new1>:{folders / 'thing'}:{initializer}")
@@ -554,6 +556,9 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
             "can never end this run, which scores 3",
         ),
         (("--concept=<a>:thing:digit", "--captions=x"), "--captions has no effect without two --adapters"),
+        (("--concept=<a>:thing:digit", "--templates=style:fine"), "--templates style:fine: no --concept is a style"),
+        (("--concept=<a>:thing:digit", "--templates", "fine", "object:fine"), "have templates already"),
+        (("--concept=<a>:thing:digit", "--templates=object:texts"), "the line 'no word' has no {} for the word"),
         (("--concept=<a>:thing:digit", "--size=21"), "height must be a multiple of 4 pixels, got 21"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),
         (("--concept=<a>:thing:digit", "--batch-size=3", "--devices=2"), "--batch-size 3 does not split over 2"),
@@ -563,6 +568,8 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
 def test_what_cannot_be_learned_is_one_sentence(folders, tmp_path, monkeypatch, flags, sentence):
     monkeypatch.chdir(folders)
     (folders / "empty").mkdir(exist_ok=True)
+    (folders / "texts").write_text("{}\nno word\n")
+    (folders / "fine").write_text("a {}\n")
     if "--model=tiny" not in flags:
         flags = ("--model=tiny", *flags)
     answer = learn(*flags, *(("--batch-size=8",) if "--batch-size=3" not in flags else ()), f"--out={tmp_path / 'out'}")

@@ -127,7 +127,7 @@ def test_without_a_concept_a_digit_is_learned_that_it_cannot_name(barely_trained
     # The record says what was done, which no flag said; and the run goes on.
     config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
     assert config["flip"] is False
-    assert config["templates"].endswith("texts.txt")
+    assert config["templates"][0].endswith("texts.txt")
     assert "going on from step 2 of 2" in learn()
 
 

@@ -104,7 +104,7 @@ def own_concept(training: InversionSettings, mesh: Mesh) -> tuple[list[Concept],
     """
     folder = tiny_world_folder(cache_folder(), own_mesh(mesh))
     concept = Concept("<new1>", folder / PICTURES, UNKNOWN)
-    templates = training.templates or folder / TEXTS
+    templates = training.templates or (str(folder / TEXTS),)
     prompts = training.sample_prompts or ("a photo of the digit <new1>.", f"a photo of the digit {UNKNOWN}.")
     return [concept], replace(training, templates=templates, flip=False, sample_prompts=prompts)
 
