@@ -55,7 +55,7 @@ class Config:
     seed: int = 0
     """Seed of the bootstrap."""
     out: Path = Path("runs/clip_scores")
-    """Folder to write into; files of the same name are replaced."""
+    """Folder to write into; files of the same name are replaced, sheets of earlier runs deleted."""
 
     def __post_init__(self):
         for name in ("count", "batch_size"):

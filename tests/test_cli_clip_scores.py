@@ -241,6 +241,24 @@ def test_photographs_are_turned_as_they_were_held_but_for_the_course(world, tmp_
     assert found[1] < 99.99
 
 
+def test_sheets_of_earlier_runs_go_and_nothing_else(world, tmp_path):
+    folder, _ = world
+    same = (f"--model={folder / 'clip'}", f"--out={tmp_path}")
+    task = (f"--task={folder / 'input.json'}", f"--generated={folder / 'generated'}", f"--count={COUNT}")
+    assert score(*task, f"--references={folder / 'references'}", *same).code == 0
+    sheets = {path.name for path in tmp_path.glob("*.png")}
+    assert sheets == {"sheet_0.0.png", "sheet_0.1.png"}
+    # What somebody kept, drew, or had another command write stays.
+    (tmp_path / "sheet_kept.png").write_bytes((tmp_path / "sheet_0.0.png").read_bytes())
+    write_overview(tmp_path / "sheet_other.png", np.zeros((8, 8, 3), np.uint8))
+    Image.new("RGB", (8, 8)).save(tmp_path / "sheet_mine.png")
+    answer = score(f"--generated={folder / 'generated' / '0' / '0'}", "--prompt=a cat", *same)
+    assert answer.code == 0, answer.err
+    assert all(f"deleted: {tmp_path / name}" in answer.out for name in sheets)
+    mine = {"sheet_kept.png", "sheet_other.png", "sheet_mine.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"sheet_pictures.png", *mine}
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "sentence"),
     [

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from jaxdiff.io.case_sheet import PICTURE, fit
 from jaxdiff.io.concept_pictures import read_photograph
 from jaxdiff.io.grids import GridStyle, labelled_grid
-from jaxdiff.io.images import write_overview
+from jaxdiff.io.images import is_overview, read_png_texts, write_overview
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
@@ -23,6 +23,8 @@ from jaxdiff.recipes.clip_scores import TEXT_WEIGHT, best_pictures
 
 ACROSS, MOST = 5, 25
 """Pictures in a row of a group's sheet, references too, and all of its own on it."""
+TITLE = "Title"
+"""Keyword under which a sheet says its own name."""
 MEANINGS = {
     "image_score": "100 cosine to the references, mean",
     "text_score": "exp(logit scale) cosine to the prompt, mean",
@@ -50,9 +52,10 @@ def write_outputs(
     paths, sections = [table], []
     for result in graded:
         sheet = draw_sheet(result)
-        write_overview(out / f"sheet_{result.group.name}.png", sheet)
         paths.append(out / f"sheet_{result.group.name}.png")
+        write_overview(paths[-1], sheet, {TITLE: paths[-1].name})
         sections.append(section_of(result, sheet))
+    delete_others(out, paths)
     figures: Figures = {f"{r.group.name}.{name}": value for r in graded for name, value in r.figures.items()}
     judged = [result.passed for result in graded if result.passed is not None]
     if judged:
@@ -75,6 +78,14 @@ def write_outputs(
         facts_of(record),
     )
     return [*paths, results, write_report(out / "report.html", report)]
+
+
+def delete_others(out: Path, written: Sequence[Path]) -> None:
+    """Delete sheets of earlier runs that are none of this one's, and say so; a copy under another name stays."""
+    for path in sorted(out.glob("sheet_*.png")):
+        if path not in written and is_overview(path) and read_png_texts(path).get(TITLE) == path.name:
+            path.unlink()
+            print(f"deleted: {path}, a sheet of an earlier run with other pictures")
 
 
 def write_table(path: Path, graded: Sequence[Graded]) -> Path:
