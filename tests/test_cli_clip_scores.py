@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, CLIPTokenizer
 from jaxdiff import clip_scores
 from jaxdiff.io.images import write_overview, write_png
 from jaxdiff.recipes.clip_grading import list_counted, list_pictures
-from jaxdiff.recipes.clip_scores import Interval, best_intervals, cmmd, cmmd_interval, mean_interval
+from jaxdiff.recipes.clip_scores import Interval, best_intervals, cmmd, cmmd_intervals, mean_interval
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 COUNT = 6
@@ -167,6 +167,7 @@ def test_two_folders_are_compared_and_words_looked_for(world, tmp_path):
         ]
         expected = 1000 * (sum(within) - 2 * mean_kernel(x, y, both))
         np.testing.assert_allclose(results[f"pictures.{name}"], expected, rtol=1e-3, atol=1e-4)
+        assert results[f"pictures.{name}_low"] < expected < results[f"pictures.{name}_high"]
     texts = embed(folder, twin, texts=["a photo of cat", "a photo of digit", "a photo"]).double()
     logits = x @ texts.T
     present = (logits[:, :2] > logits[:, 2:]).numpy()
@@ -183,9 +184,12 @@ def test_intervals_have_the_width_that_theory_gives():
     angles = rng.normal(0, 0.5, (200, 60))
     circles = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     references = np.stack([np.cos(a := rng.normal(0.3, 0.5, 500)), np.sin(a)], axis=-1)
-    spread = np.std([cmmd(one, references) for one in circles])
-    found = cmmd_interval(circles[0], references, seed=0)
-    np.testing.assert_allclose((found.high - found.low) / 2, 1.96 * spread, rtol=0.5)
+    spreads = np.std([cmmd(one, references) for one in circles], axis=0)
+    for found, value, spread in zip(
+        cmmd_intervals(circles[0], references, seed=0), cmmd(circles[0], references), spreads
+    ):
+        assert found.low < found.mean == value < found.high
+        np.testing.assert_allclose((found.high - found.low) / 2, 1.96 * spread, rtol=0.5)
 
 
 def test_the_best_five_are_chosen_anew_in_every_resample():
@@ -201,7 +205,7 @@ def test_the_best_five_are_chosen_anew_in_every_resample():
 def test_too_few_pictures_have_no_interval():
     assert mean_interval(np.array([3.0]), seed=0) == Interval(3.0, None, None)
     two = np.array([[1.0, 0.0], [0.0, 1.0]])
-    assert cmmd_interval(two, two, seed=0)[1:] == (None, None)
+    assert all(found[1:] == (None, None) for found in cmmd_intervals(two, two, seed=0))
 
 
 def test_what_counts_as_a_picture_of_the_task_is_what_its_grader_counts(tmp_path):

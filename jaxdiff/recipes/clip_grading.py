@@ -21,8 +21,7 @@ from jaxdiff.recipes.clip_scores import (
     Interval,
     best_intervals,
     best_pictures,
-    cmmd,
-    cmmd_interval,
+    cmmd_intervals,
     image_scores,
     mean_interval,
     presence_margins,
@@ -222,8 +221,8 @@ def _grade(
         add("clip_i", image / 100)
         add("clip_i_times_2.5", 2.5 * np.maximum(image / 100, 0))
         if min(len(drawn), len(originals)) > 1:
-            note("cmmd", cmmd_interval(drawn, originals, seed))
-            figures["cmmd_with_self_pairs"] = cmmd(drawn, originals, unbiased=False)
+            for name, interval in zip(("cmmd", "cmmd_with_self_pairs"), cmmd_intervals(drawn, originals, seed)):
+                note(name, interval)
     if len(text):
         add("text_score", text)
     for name, prompt in group.texts.items():
