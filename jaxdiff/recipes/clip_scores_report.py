@@ -110,9 +110,9 @@ def draw_sheet(result: Graded) -> UInt8[np.ndarray, "h w 3"]:
         rows.append(f"{start + 1} to {start + len(part)}" if len(part) > 1 else str(start + 1))
         cells += _row([square(group.files[number]) for number in part])
         captions += _row([" / ".join(f"{values[number]:.1f}" for values in scores) for number in part], "")
-    if group.references:
-        rows.append("references")
-        cells += _row([square(file) for file in group.references[:ACROSS]])
+    for name, files in group.all_references.items():
+        rows.append(name)
+        cells += _row([square(file) for file in files[:ACROSS]])
         captions += [""] * ACROSS
     named = (("image score", result.image), ("text score", result.text))
     return labelled_grid(
@@ -176,4 +176,7 @@ def meaning(name: str) -> str:
         return f"how much better a text with “{name.split('.', 1)[1]}” fits than one without"
     if name.startswith("present."):
         return f"share of pictures that show “{name.split('.', 1)[1]}”"
-    return MEANINGS[name]
+    if name in MEANINGS:
+        return MEANINGS[name]
+    kind, word = name.split(".", 1)
+    return f"{MEANINGS[kind]}; those of “{word}” alone"
