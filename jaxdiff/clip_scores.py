@@ -2,6 +2,7 @@
 
     python -m jaxdiff.clip_scores --task input.json --generated out --references concepts --out runs/grade
     python -m jaxdiff.clip_scores --generated DIR --references DIR --prompt "a dog on a beach" --words dog beach
+    python -m jaxdiff.clip_scores --generated DIR --references dog:DIR cat:DIR --prompt "a dog, a cat" --words dog cat
 
 Writes into --out: scores.csv, a sheet of pictures for each prompt, results.json and report.html.
 """
@@ -31,8 +32,8 @@ class Config:
 
     generated: Path
     """Folder of pictures; with --task it holds {key}/{prompt number}/."""
-    references: Path | None = None
-    """Folder of pictures of the concept; with --task it holds {key}/."""
+    references: tuple[str, ...] = ()
+    """Folder of pictures of the concept, or WORD:FOLDER of each of several; with --task one that holds {key}/."""
     task: Path | None = None
     """The course's input.json: concepts, prompts and baselines."""
     prompt: str = ""
@@ -40,7 +41,7 @@ class Config:
     token: tuple[str, ...] = ()
     """Learned words in --prompt, left out for the scores that go without them."""
     words: tuple[str, ...] = ()
-    """Concepts whose presence in each picture is scored. Not with --task."""
+    """Concepts whose presence in each picture is scored; with --task where the prompt that is graded by says them."""
     count: int = 25
     """Pictures that each prompt of --task must have."""
     model: str = "openai/clip-vit-base-patch32"
@@ -55,7 +56,7 @@ class Config:
     seed: int = 0
     """Seed of the bootstrap."""
     out: Path = Path("runs/clip_scores")
-    """Folder to write into; files of the same name are replaced."""
+    """Folder to write into; files of the same name are replaced, sheets of earlier runs deleted."""
 
     def __post_init__(self):
         for name in ("count", "batch_size"):
@@ -63,22 +64,19 @@ class Config:
         tiny = self.model == "tiny-digits"
         require(self.revision is None or not tiny, "--revision has no effect with --model tiny-digits: drop it")
         require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2^32), got {self.seed}")
+        require(all(word.strip() for word in self.words), "--words: one is empty")
+        require(len(set(self.words)) == len(self.words), "--words: give each word once")
         if self.task is not None:
-            require(self.references is not None, "--task needs --references, which holds a folder for each key")
-            require(
-                not (self.prompt or self.words or self.token),
-                "--task brings its own prompts: drop --prompt, --token and --words",
-            )
+            require(len(self.references) == 1, "--task needs one --references, which holds a folder for each key")
+            require(not (self.prompt or self.token), "--task brings its own prompts: drop --prompt and --token")
             return
         require(
-            self.references is not None or bool(self.prompt) or bool(self.words),
+            bool(self.references) or bool(self.prompt) or bool(self.words),
             "nothing to score by: give --references, --prompt, --words, or --task",
         )
         require(self.count == 25, "--count has no effect without --task: drop it")
         for token in self.token:
             require(bool(token) and token in self.prompt, f"--token {token!r} is not in --prompt {self.prompt!r}")
-        require(all(word.strip() for word in self.words), "--words: one is empty")
-        require(len(set(self.words)) == len(self.words), "--words: give each word once")
 
 
 def run(config: Config) -> list[Path]:
@@ -86,20 +84,28 @@ def run(config: Config) -> list[Path]:
     from jaxdiff.io.concept_pictures import read_photograph
     from jaxdiff.io.runs import as_json, check_writable, make_folder
     from jaxdiff.mesh import open_mesh, own_mesh
-    from jaxdiff.recipes.clip_grading import Group, grade, list_pictures, read_as_grader, task_groups, without
+    from jaxdiff.recipes.clip_grading import grade
+    from jaxdiff.recipes.clip_groups import (
+        Group,
+        list_pictures,
+        parse_references,
+        read_as_grader,
+        task_groups,
+        without,
+    )
     from jaxdiff.recipes.clip_scores_report import write_outputs
     from jaxdiff.recipes.zeroshot import prepare_encoder
 
     started = time.perf_counter()
     mesh = own_mesh(open_mesh(config.devices))
     check_writable(config.out)
-    if config.task is not None and config.references is not None:
-        groups = task_groups(config.task, config.generated, config.references, config.count)
+    if config.task is not None:
+        groups = task_groups(config.task, config.generated, Path(config.references[0]), config.count, config.words)
     else:
-        references = list_pictures(config.references, "--references") if config.references is not None else ()
+        references, concepts = parse_references(config.references)
         stripped = without(config.token, config.prompt) if config.token else ""
         files = list_pictures(config.generated, "--generated")
-        groups = [Group("pictures", files, references, config.prompt, "", stripped, words=config.words)]
+        groups = [Group("pictures", files, references, config.prompt, "", stripped, None, config.words, concepts)]
     encoder = prepare_encoder(config.model, config.revision, config.dtype, None, mesh)
     features = config.out.expanduser().resolve() / FEATURES
     read = read_photograph if config.task is None else read_as_grader
@@ -107,7 +113,8 @@ def run(config: Config) -> list[Path]:
     if graded is None:
         return []
     for result in graded:
-        shown = [*SHOWN, *(f"present.{word}" for word in result.group.words)]
+        of_words = (f"image_score.{word}" for word in result.group.concepts)
+        shown = [*SHOWN, *of_words, *(f"present.{word}" for word in result.group.words)]
         scores = [f"{name} {result.figures[name]:.2f}" for name in shown if name in result.figures]
         verdict = {None: "", True: "PASS ", False: "FAIL "}[result.passed]
         print(f"{result.group.name}: {verdict}{', '.join(scores)}")

@@ -117,8 +117,8 @@ def run(config: Config) -> list[Path]:
         on_leader(lambda: open_run(out, as_json(config), free, start_over=config.resume == "never"))
         what = "the pictures of --concept, the texts, the weights of the model or the machine's --dtype"
         on_leader(lambda: check_same_data(out, parts.data.about, what))
-        trained = train(parts, training, out)
-        return write_outputs(out, parts, trained, training, as_json(config), started) if is_leader() else []
+        outcome = train(parts, training, out)
+        return write_outputs(out, parts, outcome, training, as_json(config), started) if is_leader() else []
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from jaxdiff.settings import OptimizationSettings, as_flag, require, require_at_least
@@ -33,9 +32,9 @@ class InversionSettings(OptimizationSettings):
     """Rows that each word becomes."""
     mean_initializer: bool = False
     """Start from the mean of the tokens where an initialiser has several, instead of refusing it."""
-    templates: Path | None = None
-    """Text file of texts to learn all words from, one a line, {} for the word; None means the built-in ones, which are
-    others for styles."""
+    templates: tuple[str, ...] = ()
+    """FILE of texts to learn all words from, one a line, {} for the word; or object:FILE, style:FILE or both, for the
+    words of a kind. None means the built-in ones."""
     flip: bool = True
     """Learn from the pictures and from their mirror images; never so for the digit of the tiny world."""
     crops: int = 0
@@ -69,9 +68,10 @@ class InversionSettings(OptimizationSettings):
     """Pictures of each of these texts."""
     score_model: str | None = None
     """Folder or Hugging Face name of a CLIP that scores the pictures along the way by their likeness to the concepts'
-    own: the mean of 100 cosines, as the course's grader has it."""
+    own: the mean of 100 cosines, as the course's grader has it. `tiny-digits` needs no download."""
     patience: int | None = None
-    """Stop when so many scores in a row have not risen. Only with --score-model."""
+    """Stop when so many scores in a row have not risen, and in any case save what had been learned at the best one.
+    Only with --score-model."""
     sample_steps: int = 25
     """Sampling steps of these pictures."""
     guidance_scale: float = 7.5

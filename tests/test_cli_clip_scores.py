@@ -16,8 +16,8 @@ from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from jaxdiff import clip_scores
 from jaxdiff.io.images import write_overview, write_png
-from jaxdiff.recipes.clip_grading import list_counted, list_pictures
-from jaxdiff.recipes.clip_scores import Interval, best_intervals, cmmd, cmmd_interval, mean_interval
+from jaxdiff.recipes.clip_groups import list_counted, list_pictures
+from jaxdiff.recipes.clip_scores import Interval, best_intervals, cmmd, cmmd_intervals, mean_interval
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 COUNT = 6
@@ -167,12 +167,76 @@ def test_two_folders_are_compared_and_words_looked_for(world, tmp_path):
         ]
         expected = 1000 * (sum(within) - 2 * mean_kernel(x, y, both))
         np.testing.assert_allclose(results[f"pictures.{name}"], expected, rtol=1e-3, atol=1e-4)
+        assert results[f"pictures.{name}_low"] < expected < results[f"pictures.{name}_high"]
     texts = embed(folder, twin, texts=["a photo of cat", "a photo of digit", "a photo"]).double()
     logits = x @ texts.T
     present = (logits[:, :2] > logits[:, 2:]).numpy()
     assert [results[f"pictures.present.{word}"] for word in ("cat", "digit")] == present.mean(0).tolist()
     assert results["pictures.all_present"] == present.all(1).mean()
     np.testing.assert_allclose(results["pictures.clip_i"], float((x @ y.T).mean()), atol=1e-5)
+
+
+def test_each_of_several_concepts_has_its_own_references(world, tmp_path):
+    folder, twin = world
+    cut(tmp_path / "digit", 2, 7)
+    generated = folder / "generated" / "0" / "0"
+    given = {"cat": folder / "references" / "0", "digit": tmp_path / "digit"}
+    references = [f"--references={word}:{place}" for word, place in given.items()]
+    flags = (f"--generated={generated}", "--prompt=a cat and a digit", f"--model={folder / 'clip'}")
+    answer = score(*flags, *references, "--words", "cat", "digit", f"--out={tmp_path / 'out'}")
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    drawn = embed(folder, twin, listed(generated))
+    each = [100 * (drawn @ embed(folder, twin, listed(place)).T).mean(1).numpy() for place in given.values()]
+    for word, scores in zip(given, each):
+        np.testing.assert_allclose(results[f"pictures.image_score.{word}"], scores.mean(), rtol=1e-4)
+        np.testing.assert_allclose(results[f"pictures.clip_i.{word}"], scores.mean() / 100, rtol=1e-4)
+        assert re.search(rf"image_score\.{word} {scores.mean():.2f}.* present\.{word} [01]\.", answer.out)
+    rows = csv.DictReader((tmp_path / "out" / "scores.csv").open())
+    np.testing.assert_allclose([float(row["image_score"]) for row in rows], np.mean(each, axis=0), atol=2e-3)
+    # The CMMD of a concept is that of a run with its references alone.
+    alone = score(*flags, f"--references={given['digit']}", f"--out={tmp_path / 'alone'}")
+    assert alone.code == 0, alone.err
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text())
+    np.testing.assert_allclose(results["pictures.cmmd.digit"], alone["pictures.cmmd"], rtol=1e-5)
+    assert "pictures.cmmd" not in results
+
+
+def test_prompts_of_the_course_with_several_concepts_are_held_to_each(world, tmp_path):
+    folder, twin = world
+    (both,) = json.loads((folder / "input.json").read_text()).values()
+    both |= {"prompt": ["A <new1>.", "<new1> and <new2>"], "prompt_4_clip_eval": ["A cat.", "Cat and digit"]}
+    other = both | {
+        "token_name": "<new2>",
+        "prompt": ["A <new2>."],
+        "prompt_4_clip_eval": ["digits"],
+        "baseline": [[0, 0]],
+    }
+    (tmp_path / "input.json").write_text(json.dumps({"a": both, "b": other}))
+    for number, place in enumerate(("generated/a/0", "generated/a/1", "generated/b/0", "references/a", "references/b")):
+        cut(tmp_path / place, 2, number)
+    flags = (f"--task={tmp_path / 'input.json'}", f"--generated={tmp_path / 'generated'}", "--count=2",
+             f"--references={tmp_path / 'references'}", f"--model={folder / 'clip'}")  # fmt: skip
+    answer = score(*flags, "--words", "cat", "digit", f"--out={tmp_path / 'out'}")
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    drawn = embed(folder, twin, listed(tmp_path / "generated" / "a" / "1"))
+    for key, token in (("a", "<new1>"), ("b", "<new2>")):
+        mean = 100 * float((drawn @ embed(folder, twin, listed(tmp_path / "references" / key)).T).mean())
+        np.testing.assert_allclose(results[f"a.1.image_score.{token}"], mean, rtol=1e-4)
+    stripped = embed(folder, twin, texts=["and"])[0]
+    np.testing.assert_allclose(results["a.1.clip_t_stripped"], float((drawn @ stripped).mean()), atol=1e-5)
+    # The grade is by the prompt's own concept.
+    assert results["a.1.image_score"] == results["a.1.image_score.<new1>"]
+    assert "a.0.image_score.<new1>" not in results
+    # Words are looked for where they are asked for: "digits" is another one.
+    looked_for = {name.split(".present.")[0] for name in results if ".present.digit" in name and "_" not in name}
+    assert looked_for == {"a.1"}
+    assert {"a.0.present.cat", "a.1.present.cat", "a.1.all_present"} <= results.keys()
+    assert re.search(r"a\.1: .*image_score\.<new2> .*present\.digit [01]\.", answer.out)
+    unsaid = score(*flags, "--words=dog", f"--out={tmp_path / 'unsaid'}")
+    assert unsaid.code == 2
+    assert "--words dog: no prompt_4_clip_eval of --task says it" in unsaid.sentence
 
 
 def test_intervals_have_the_width_that_theory_gives():
@@ -183,9 +247,12 @@ def test_intervals_have_the_width_that_theory_gives():
     angles = rng.normal(0, 0.5, (200, 60))
     circles = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     references = np.stack([np.cos(a := rng.normal(0.3, 0.5, 500)), np.sin(a)], axis=-1)
-    spread = np.std([cmmd(one, references) for one in circles])
-    found = cmmd_interval(circles[0], references, seed=0)
-    np.testing.assert_allclose((found.high - found.low) / 2, 1.96 * spread, rtol=0.5)
+    spreads = np.std([cmmd(one, references) for one in circles], axis=0)
+    for found, value, spread in zip(
+        cmmd_intervals(circles[0], references, seed=0), cmmd(circles[0], references), spreads
+    ):
+        assert found.low < found.mean == value < found.high
+        np.testing.assert_allclose((found.high - found.low) / 2, 1.96 * spread, rtol=0.5)
 
 
 def test_the_best_five_are_chosen_anew_in_every_resample():
@@ -201,7 +268,7 @@ def test_the_best_five_are_chosen_anew_in_every_resample():
 def test_too_few_pictures_have_no_interval():
     assert mean_interval(np.array([3.0]), seed=0) == Interval(3.0, None, None)
     two = np.array([[1.0, 0.0], [0.0, 1.0]])
-    assert cmmd_interval(two, two, seed=0)[1:] == (None, None)
+    assert all(found[1:] == (None, None) for found in cmmd_intervals(two, two, seed=0))
 
 
 def test_what_counts_as_a_picture_of_the_task_is_what_its_grader_counts(tmp_path):
@@ -241,6 +308,24 @@ def test_photographs_are_turned_as_they_were_held_but_for_the_course(world, tmp_
     assert found[1] < 99.99
 
 
+def test_sheets_of_earlier_runs_go_and_nothing_else(world, tmp_path):
+    folder, _ = world
+    same = (f"--model={folder / 'clip'}", f"--out={tmp_path}")
+    task = (f"--task={folder / 'input.json'}", f"--generated={folder / 'generated'}", f"--count={COUNT}")
+    assert score(*task, f"--references={folder / 'references'}", *same).code == 0
+    sheets = {path.name for path in tmp_path.glob("*.png")}
+    assert sheets == {"sheet_0.0.png", "sheet_0.1.png"}
+    # What somebody kept, drew, or had another command write stays.
+    (tmp_path / "sheet_kept.png").write_bytes((tmp_path / "sheet_0.0.png").read_bytes())
+    write_overview(tmp_path / "sheet_other.png", np.zeros((8, 8, 3), np.uint8))
+    Image.new("RGB", (8, 8)).save(tmp_path / "sheet_mine.png")
+    answer = score(f"--generated={folder / 'generated' / '0' / '0'}", "--prompt=a cat", *same)
+    assert answer.code == 0, answer.err
+    assert all(f"deleted: {tmp_path / name}" in answer.out for name in sheets)
+    mine = {"sheet_kept.png", "sheet_other.png", "sheet_mine.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"sheet_pictures.png", *mine}
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "sentence"),
     [
@@ -278,6 +363,9 @@ def test_a_task_that_cannot_be_graded_is_one_sentence(world, tmp_path, change, f
         (["--prompt=a", "--token=<x>"], "--token '<x>' is not in --prompt 'a'"),
         (["--prompt=a", "--count=3"], "--count has no effect without --task"),
         (["--prompt=a", "--references=empty"], "--references empty: holds no pictures"),
+        (["--references", "empty", "pictures"], "--references empty: of several folders each needs its own word"),
+        (["--references", "a:pictures", "a:pictures"], "the word 'a' has references already"),
+        (["--references=a:nowhere"], "--references a: nowhere: no such folder"),
         (["--prompt=a"], "1 pictures cannot be read; the first is"),
     ],
 )

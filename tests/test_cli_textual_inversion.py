@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 
-from jaxdiff import text2image, textual_inversion
+from jaxdiff import FlaxCLIPModel, text2image, textual_inversion
 from jaxdiff.errors import InputError
 from jaxdiff.io.adapters import read_adapter, write_adapter
 from jaxdiff.io.concept_pictures import parse_concept
@@ -24,7 +25,8 @@ from jaxdiff.io.interruption import StopRequest
 from jaxdiff.io.learned_embeddings import read_learned, write_learned
 from jaxdiff.io.weights import write_safetensors
 from jaxdiff.mesh import make_mesh
-from jaxdiff.recipes import inversion_parts, loop, text_to_image_model, training
+from jaxdiff.recipes import inversion_memory, inversion_parts, loop, text_to_image_model, training
+from jaxdiff.recipes.contrastive import tiny_digits_config
 from jaxdiff.recipes.custom_diffusion import text_matrices
 from jaxdiff.recipes.inversion_parts import prepare_inversion
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
@@ -326,24 +328,73 @@ def test_values_are_learned_for_the_tokens_of_a_word_alone(folders, tmp_path):
     assert (about["adjust"], about["adjust_angle"], about["adjust_norm"]) == (["<new1>:photo"], 0.2, 1.0)
 
 
+EACH_STEP = (*(flag for flag in SMALL if "sample-every" not in flag), "--score-model=clip", "--sample-every=1")
+
+
+def scored(monkeypatch, *scores: float) -> None:
+    """Have the pictures of each step scored so, one after another."""
+    given = iter(scores)
+    monkeypatch.setattr(inversion_parts, "make_image_score", lambda *_: lambda pictures: float(next(given)))
+
+
+def saved_of(out) -> tuple[dict, np.ndarray]:
+    """Return the results of a run, and the one word that it saved."""
+    return json.loads((out / "results.json").read_text()), read_learned(out / "learned_embeds.safetensors")["<new1>"]
+
+
 @pytest.mark.slow
-def test_learning_ends_when_the_pictures_become_no_better(folders, tmp_path, monkeypatch):
-    scores = iter([50.0, 60.0, 60.0, 61.0, 61.0])  # the last two are those of what is kept
-    monkeypatch.setattr(inversion_parts, "make_image_score", lambda *_: lambda pictures: next(scores))
-    concept = f"--concept=<new1>:{folders / 'thing'}:digit"
-    flags = ("--sample-every=1", "--score-model=clip", "--patience=1", f"--out={tmp_path / 'a'}")
+def test_learning_ends_when_the_pictures_become_no_better_and_the_best_is_saved(folders, tmp_path, monkeypatch):
+    same = (f"--concept=<new1>:{folders / 'thing'}:digit", *EACH_STEP, "--save-every=1", "--patience=1")
+    scored(monkeypatch, 50, 60, 60, 61, 61)  # the last two are those of what is saved
     # Asked again, it knows that it had ended.
-    for step in range(2):
-        answer = learn(concept, *(flag for flag in SMALL if "sample-every" not in flag), *flags)
+    for again in (False, True):
+        answer = learn(*same, f"--out={tmp_path}")
         assert answer.code == 0, answer.err
-        assert "none of the last 1 is above 60.00" in answer.out
-        assert ("going on from step 3 of 6" in answer.out) == (step == 1)
-    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+        assert "none of the last 1 is above 60.00, that of step 2" in answer.out
+        assert "60.00 at step 2 is the best of 3; what was learned by then is saved" in answer.out
+        assert ("going on from step 3 of 6" in answer.out) == again
+        results, row = saved_of(tmp_path)
+        assert (results["steps"], results["saved.step"], results["saved.image_score"]) == (3, 2, 61)
+        state = ocp.StandardCheckpointer().restore(tmp_path / "checkpoints" / "2" / "state")
+        np.testing.assert_array_equal(row, state["ema_params"]["<new1>"])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["image_score"] for line in lines if "image_score" in line] == [50, 60, 60]
-    assert json.loads((tmp_path / "a" / "results.json").read_text())["last.image_score"] == 61
-    other = learn(concept, *(flag for flag in SMALL if "sample-every" not in flag), "--sample-every=2", *flags[1:])
+    assert "step 2, whose pictures scored best" in (tmp_path / "report.html").read_text()
+    other = learn(*same, "--sample-every=2", f"--out={tmp_path}")
     assert other.code == 2
     assert "sample_every was 1, is 2" in other.sentence
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_best_step_saves_the_same(folders, tmp_path, monkeypatch):
+    flags = ("--kv-learning-rate=0.01", "--adapter-rank=2", "--save-every=4", "--patience=4", "--seed=3")
+    same = (f"--concept=<new1>:{folders / 'thing'}:digit", *EACH_STEP, *flags)
+    scored(monkeypatch, 50, 70, 60, 61, 62, 63, 70)
+    assert learn(*same, f"--out={tmp_path / 'whole'}").code == 0
+
+    class Killed(BaseException):
+        pass
+
+    def score(pictures):
+        if not given:
+            raise Killed
+        return float(given.pop(0))
+
+    # Between the checkpoint of step 4 and its score, a step later, and between the last checkpoint and its score.
+    monkeypatch.setattr(inversion_parts, "make_image_score", lambda *_: score)
+    given: list[int] = []
+    for scores in ([50, 70, 60], [61], [62]):
+        given += scores
+        with pytest.raises(Killed):
+            learn(*same, f"--out={tmp_path / 'parts'}")
+    given += [63, 70]
+    answer = learn(*same, f"--out={tmp_path / 'parts'}")
+    assert answer.code == 0, answer.err
+    assert "going on from step 6 of 6" in answer.out
+    for name in ("learned_embeds.safetensors", "adapter.safetensors"):
+        whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
+        assert whole == parts
+    assert all(saved_of(tmp_path / run)[0]["saved.step"] == 2 for run in ("whole", "parts"))
 
 
 def test_words_of_files_are_learned_beside_as_they_are_drawn(folders, tmp_path):
@@ -352,7 +403,9 @@ def test_words_of_files_are_learned_beside_as_they_are_drawn(folders, tmp_path):
     (tmp_path / "texts").write_text("a photo of {} <bg>\n{} <one>\n")
     files = tuple(tmp_path / f"{word}.safetensors" for word in ("<bg>", "<one>"))
     model, mesh = LatentModelSettings("tiny", embeddings=files), make_mesh(1)
-    settings = InversionSettings(templates=tmp_path / "texts", size=16, sample_prompts=("a photo of <new1> <bg>",))
+    settings = InversionSettings(
+        templates=(str(tmp_path / "texts"),), size=16, sample_prompts=("a photo of <new1> <bg>",)
+    )
 
     def prepare(initializer):
         concept = parse_concept(f"<new1>:{folders / 'thing'}:{initializer}")
@@ -366,6 +419,11 @@ def test_words_of_files_are_learned_beside_as_they_are_drawn(folders, tmp_path):
         prepare("<bg>")
     (tmp_path / "texts").write_text("a photo of {}\n")
     with pytest.raises(InputError, match="no prompt says '<one>'"):
+        prepare("digit")
+    # A longer word does not say the shorter one that it begins with.
+    write_learned(tmp_path / "<new.safetensors", {"<new": np.ones((1, 64), np.float32)})
+    model = LatentModelSettings("tiny", embeddings=(files[0], tmp_path / "<new.safetensors"))
+    with pytest.raises(InputError, match="no prompt says '<new'"):
         prepare("digit")
 
 
@@ -383,6 +441,19 @@ def test_a_dry_run_says_what_learning_would_take(tmp_path, monkeypatch):
     for name in ("weights", "learning, 4 pictures a step", "encoding, 4 pictures at once", "in all, at the most"):
         assert re.search(rf"^{name} +\d+\.\d\d GB$", answer.out, re.MULTILINE)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_the_clip_that_scores(monkeypatch):
+    def numbers(tree) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    # Nothing is compiled.
+    sizes = lambda held, programs: {"held": numbers(held), **dict.fromkeys(programs, 0)}  # noqa: E731
+    monkeypatch.setattr(inversion_memory, "estimate_memory", sizes)
+    training = InversionSettings(size=16, score_model="tiny-digits")
+    found = inversion_memory.estimate_learning(["<a>"], LatentModelSettings("tiny"), training, make_mesh(1))
+    assert found["held"] == numbers([make_tiny("float32", "float32")[1], FlaxCLIPModel(tiny_digits_config()).params])
+    assert "scoring, 8 pictures at once" in found
 
 
 @pytest.mark.slow
@@ -434,7 +505,7 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
     other = learn(*same, "--learning-rate=0.1", f"--out={tmp_path / 'parts'}")
     assert other.code == 2
     assert "learning_rate was 0.005, is 0.1" in other.sentence
-    others = "the pictures of --concept, the texts or the weights of the model are not those that this run began with"
+    others = "the weights of the model or the machine's --dtype are not those that this run began with"
     more = folders / "thing" / "more.png"
     Image.new("RGB", (30, 30), "red").save(more)
     other = learn(*same, f"--out={tmp_path / 'parts'}")
@@ -485,6 +556,9 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
             "can never end this run, which scores 3",
         ),
         (("--concept=<a>:thing:digit", "--captions=x"), "--captions has no effect without two --adapters"),
+        (("--concept=<a>:thing:digit", "--templates=style:fine"), "--templates style:fine: no --concept is a style"),
+        (("--concept=<a>:thing:digit", "--templates", "fine", "object:fine"), "have templates already"),
+        (("--concept=<a>:thing:digit", "--templates=object:texts"), "the line 'no word' has no {} for the word"),
         (("--concept=<a>:thing:digit", "--size=21"), "height must be a multiple of 4 pixels, got 21"),
         (("--concept=<a>:thing:digit", "--train-steps=0"), "--train-steps must be at least 1, got 0"),
         (("--concept=<a>:thing:digit", "--batch-size=3", "--devices=2"), "--batch-size 3 does not split over 2"),
@@ -494,6 +568,8 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
 def test_what_cannot_be_learned_is_one_sentence(folders, tmp_path, monkeypatch, flags, sentence):
     monkeypatch.chdir(folders)
     (folders / "empty").mkdir(exist_ok=True)
+    (folders / "texts").write_text("{}\nno word\n")
+    (folders / "fine").write_text("a {}\n")
     if "--model=tiny" not in flags:
         flags = ("--model=tiny", *flags)
     answer = learn(*flags, *(("--batch-size=8",) if "--batch-size=3" not in flags else ()), f"--out={tmp_path / 'out'}")

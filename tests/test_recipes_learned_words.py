@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from jaxdiff import FlaxStableDiffusionPipeline
 from jaxdiff.errors import InputError
-from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf, spell_out
+from jaxdiff.recipes.learned_words import TABLE, add_words, get_leaf, ids_of_words, spell_out, words_said
 from jaxdiff.recipes.stable_diffusion import encode_texts
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -85,6 +85,17 @@ def test_words_that_begin_alike_stay_whole_beside_each_other(theirs):
     assert spell_out(", ".join(words), LEARNED) == ", ".join(apart)
     assert spell_out(", ".join(apart), LEARNED) == ", ".join(apart)
     assert spell_out("bad_prompt", {}) == "bad_prompt"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "a photo", "bad_prompt_version2", "bad_prompts", "bad_prompt bad_prompt_version2", "cat-toys<one>"],
+)
+def test_what_a_prompt_says_is_what_the_tokenizer_makes_of_it(ours, prompt):
+    _, _, tokenizer = ours
+    found = set(tokenizer([spell_out(prompt, LEARNED)]).input_ids[0].tolist())
+    ids = dict(zip(LEARNED, ids_of_words(tokenizer, LEARNED)))
+    assert words_said(prompt, LEARNED) == {word for word in LEARNED if found & set(ids[word])}
 
 
 def test_no_words_change_nothing_of_a_padded_table(folder):

@@ -370,10 +370,25 @@ def test_concepts_that_cannot_be_read(text, sentence):
 def test_texts_from_a_file(tmp_path):
     concepts = [parse_concept("<a>:x:dog"), parse_concept("<b>:x:dog:style")]
     (tmp_path / "texts").write_text("one {}\n\ntwo {} {}\n")
-    assert texts_of(concepts, tmp_path / "texts") == [["one <a>", "two <a> <a>"], ["one <b>", "two <b> <b>"]]
+    assert texts_of(concepts, [str(tmp_path / "texts")]) == [["one <a>", "two <a> <a>"], ["one <b>", "two <b> <b>"]]
     (tmp_path / "texts").write_text("none")
     with pytest.raises(InputError, match=r"the line 'none' has no {} for the word"):
-        texts_of(concepts, tmp_path / "texts")
+        texts_of(concepts, [str(tmp_path / "texts")])
+
+
+def test_objects_and_styles_have_texts_of_their_own(tmp_path):
+    concepts = [parse_concept("<a>:x:dog"), parse_concept("<b>:x:painting:style")]
+    for kind in ("object", "style"):
+        (tmp_path / kind).write_text(f"{kind} {{}}\n")
+    own = [f"{kind}:{tmp_path / kind}" for kind in ("object", "style")]
+    assert texts_of(concepts, own) == [["object <a>"], ["style <b>"]]
+    # A kind that is left out has the built-in ones.
+    assert texts_of(concepts, own[1:]) == [texts_of(concepts)[0], ["style <b>"]]
+    for twice in ([own[0], own[0]], [str(tmp_path / "style"), own[0]]):
+        with pytest.raises(InputError, match="object: its words have templates already"):
+            texts_of(concepts, twice)
+    with pytest.raises(InputError, match="no --concept is a style"):
+        texts_of(concepts[:1], own)
 
 
 def test_folders_without_pictures_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The small world in which a word is missing: what its captions say, and that it is read like any published model."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -127,19 +128,42 @@ def test_without_a_concept_a_digit_is_learned_that_it_cannot_name(barely_trained
     # The record says what was done, which no flag said; and the run goes on.
     config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
     assert config["flip"] is False
-    assert config["templates"].endswith("texts.txt")
+    assert config["templates"][0].endswith("texts.txt")
     assert "going on from step 2 of 2" in learn()
+
+
+def script_flags() -> dict[str, float]:
+    """Return the flags by which scripts/tiny_world.py learns and draws as the command does that is told nothing."""
+    own = textual_inversion.Config().training
+    return {
+        "steps": own.train_steps,
+        "learning-rate": own.learning_rate,
+        "batch-size": own.batch_size,
+        "vectors": own.vectors_per_token,
+        "guidance-scale": own.guidance_scale,
+        "num-steps": own.sample_steps,
+        "seed": own.seed,
+    }
+
+
+def test_the_readme_names_the_settings_of_the_command():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (shown,) = re.findall(r"scripts/tiny_world\.py (--[^`]+)`", readme)
+    given = dict(zip(shown.split()[::2], map(float, shown.split()[1::2])))
+    defaults = {"--vectors": 1, "--seed": 0}  # the script's
+    assert defaults | given == {f"--{name}": value for name, value in script_flags().items()}
 
 
 @pytest.mark.slow
 def test_it_draws_what_it_has_names_for_and_learns_what_it_has_none_for(tmp_path):
     script = Path(__file__).parent.parent / "scripts" / "tiny_world.py"
-    subprocess.run([sys.executable, script, f"--out={tmp_path}"], check=True)
+    flags = [f"--{name}={value}" for name, value in script_flags().items()]
+    subprocess.run([sys.executable, script, *flags, f"--out={tmp_path}"], check=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["known"] >= 0.8
     assert results["initialiser"] < 0.15
     assert results["learned"] >= 0.6
     assert results["style.initialiser"] < 0.1
     assert results["style.learned"] > 0.9
-    # Worlds that two machines trained differ most in this: 0.60 and 0.29.
-    assert results["both"] >= 0.15
+    # Worlds that two machines trained differ most in this: 0.60 and 0.29 by the script's settings, 0.22 by these.
+    assert results["both"] >= 0.1

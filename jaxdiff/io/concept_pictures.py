@@ -246,19 +246,43 @@ def draw_square(
     return slice(0, height), slice(0, width)
 
 
-def texts_of(concepts: Sequence[Concept], templates: Path | None = None) -> list[list[str]]:
+def texts_of(concepts: Sequence[Concept], templates: Sequence[str] = ()) -> list[list[str]]:
     """Return for each concept its texts, the word in its place.
 
     Args:
       concepts: words to learn.
-      templates: file of texts with {} for the word, one a line; None means the built-in ones.
+      templates: from --templates; kinds that it leaves out have the built-in ones.
 
     Raises:
-      InputError: the file cannot be read, or a line has no {}.
+      InputError: as `read_templates`, or templates of a kind that no concept is of.
     """
-    if templates is None:
-        return [[template.replace("{}", concept.word) for template in TEMPLATES[concept.kind]] for concept in concepts]
-    lines = read_prompts(templates, "--templates")
-    if without := [line for line in lines if "{}" not in line]:
-        raise InputError(f"--templates {templates}: the line {without[0]!r} has no {{}} for the word")
-    return [[line.replace("{}", concept.word) for line in lines] for concept in concepts]
+    given = read_templates(templates)
+    for text in templates:
+        kind = text.partition(":")[0]
+        if kind in TEMPLATES and kind not in {concept.kind for concept in concepts}:
+            article = "a" if kind == "style" else "an"
+            raise InputError(f"--templates {text}: no --concept is {article} {kind}: drop it")
+    by_kind = {**TEMPLATES, **given}
+    return [[text.replace("{}", concept.word) for text in by_kind[concept.kind]] for concept in concepts]
+
+
+def read_templates(given: Sequence[str]) -> dict[Kind, tuple[str, ...]]:
+    """Return templates by kind, from FILE for both, or object:FILE and style:FILE.
+
+    Raises:
+      InputError: a kind comes twice, a file cannot be read, or a line of it has no {}.
+    """
+    found: dict[Kind, tuple[str, ...]] = {}
+    for text in given:
+        named, _, file = text.partition(":")
+        kinds: list[Kind] = [kind for kind in TEMPLATES if kind == named]
+        if set(kinds or TEMPLATES) & found.keys():
+            raise InputError(
+                f"--templates {text}: its words have templates already: give one FILE for all, or object:FILE and "
+                "style:FILE"
+            )
+        lines = read_prompts(Path(file if kinds else text), "--templates")
+        if without := [line for line in lines if "{}" not in line]:
+            raise InputError(f"--templates {text}: the line {without[0]!r} has no {{}} for the word")
+        found |= dict.fromkeys(kinds or TEMPLATES, tuple(lines))
+    return found

@@ -90,9 +90,11 @@ def write_png(path: Path, pixels: UInt8[np.ndarray, "H W C"], about: Mapping[str
     os.replace(partial, path)
 
 
-def write_overview(path: Path, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Write a grid, a strip or a sheet of pictures, which says that it is one."""
-    write_png(path, pixels, OVERVIEW)
+def write_overview(
+    path: Path, pixels: UInt8[np.ndarray, "H W 3"], about: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write a grid, a strip or a sheet of pictures, which says that it is one, and more `about` it by keyword."""
+    write_png(path, pixels, {**about, **OVERVIEW})
 
 
 def is_overview(path: Path) -> bool:

@@ -20,6 +20,7 @@ from jaxdiff.processes import is_leader
 CONFIG = "config.json"
 RESULTS = "results.json"
 DATA = "data.json"
+BEST_SCORED = "best_scored"
 Figures = dict[str, float | int]
 """Figures under the plain names that results.json gives them."""
 MADE_BY_SAMPLING = (
@@ -27,7 +28,7 @@ MADE_BY_SAMPLING = (
     "learned_embeds_[0-9]*.safetensors",
     "adapter.safetensors", "pytorch_custom_diffusion_weights.safetensors", RESULTS, "report.html"
 )  # fmt: skip
-MADE_BY_TRAINING = ("checkpoints", "judge", "judge.json", DATA, "tensorboard", "grids", METRICS, CONFIG)
+MADE_BY_TRAINING = ("checkpoints", BEST_SCORED, "judge", "judge.json", DATA, "tensorboard", "grids", METRICS, CONFIG)
 """In the order of deletion: the config, which tells a run from any other folder, goes last."""
 
 

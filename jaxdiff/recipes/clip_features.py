@@ -181,16 +181,20 @@ def describe_file(path: Path) -> list[int]:
         return [-1, -1]
 
 
-def compile_encoder(encoder: Encoder, batch_size: int) -> Callable[[UInt8[np.ndarray, "B H W 3"]], jax.Array]:
-    """Return the compiled function from at most `batch_size` pictures to their embeddings, which it does not await."""
-    module: Any = encoder.model.module
-    mesh = encoder.mesh
+def encoding_program(module: Any, table: Float[np.ndarray, "256 3"], mesh: Mesh) -> Any:
+    """Return the program from parameters and pixels, uint8, to embeddings of length 1; `table` is a preprocessor's."""
 
     def encode(params: Any, pixels: UInt8[Array, "B H W 3"]) -> Float[Array, "B F"]:
-        looked_up = normalize_pixels(pixels, encoder.preprocessor.table)
+        looked_up = normalize_pixels(pixels, table)
         return normalize(module.apply({"params": params}, looked_up, method=module.encode_image)[1])
 
-    compiled = jax.jit(encode, out_shardings=batch_split(mesh))
+    return jax.jit(encode, out_shardings=batch_split(mesh))
+
+
+def compile_encoder(encoder: Encoder, batch_size: int) -> Callable[[UInt8[np.ndarray, "B H W 3"]], jax.Array]:
+    """Return the compiled function from at most `batch_size` pictures to their embeddings, which it does not await."""
+    mesh = encoder.mesh
+    compiled = encoding_program(encoder.model.module, encoder.preprocessor.table, mesh)
     blank = np.zeros((batch_size, *encoder.preprocessor.crop, 3), np.uint8)
     compiled(encoder.model.params, put_batch(blank, mesh)).block_until_ready()
 

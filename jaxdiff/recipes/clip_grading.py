@@ -1,8 +1,6 @@
-"""Groups of pictures, one a prompt, with what they are held to; their scores by one CLIP."""
+"""The scores of groups of pictures by one CLIP."""
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,19 +8,16 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxdiff.errors import InputError
-from jaxdiff.io.concept_pictures import MAX_PIXELS
-from jaxdiff.io.course_task import COUNTED, read_task
-from jaxdiff.io.images import read_image
-from jaxdiff.io.labelled_images import LabelledImages, Pixels, pictures, single_pictures
+from jaxdiff.io.labelled_images import LabelledImages, Pixels
 from jaxdiff.io.runs import Figures
 from jaxdiff.recipes.clip_features import Encoder, encode_prompts, share_images
+from jaxdiff.recipes.clip_groups import Group
 from jaxdiff.recipes.clip_scores import (
     Embeds,
     Interval,
     best_intervals,
     best_pictures,
-    cmmd,
-    cmmd_interval,
+    cmmd_intervals,
     image_scores,
     mean_interval,
     presence_margins,
@@ -33,41 +28,12 @@ ANYTHING = "a photo"
 NAMING = "a photo of {}"
 
 
-@dataclass(frozen=True)
-class Group:
-    """The pictures of one prompt.
-
-    Attributes:
-      name: in tables and in results.json.
-      files: in order of name.
-      references: pictures of the concept; may be none.
-      prompt: text that they shall show; empty for none.
-      spoken: the text that they were drawn from, with the learned word; empty where `prompt` is that.
-      stripped: the same without the learned word; empty where that is not known.
-      baseline: least image and text score of the best five; None where nothing is asked.
-      words: concepts whose presence is asked for.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    references: tuple[Path, ...]
-    prompt: str
-    spoken: str = ""
-    stripped: str = ""
-    baseline: tuple[float, float] | None = None
-    words: tuple[str, ...] = ()
-
-    @property
-    def texts(self) -> dict[str, str]:
-        """What the pictures are compared with, by the name of the figure; a text may be empty."""
-        return {"clip_t": self.prompt, "clip_t_with_word": self.spoken, "clip_t_stripped": self.stripped}
-
-
 class Graded(NamedTuple):
     """The scores of one group.
 
     Attributes:
-      image: of each picture; empty without references.
+      image: of each picture; empty without references. Where there are only those of several concepts, the mean of
+        the scores by each.
       text: of each picture; empty without a prompt.
       best: positions of the pictures that count; empty without both.
       passed: whether the best reach the baseline; None where there is none.
@@ -80,68 +46,6 @@ class Graded(NamedTuple):
     best: Int[np.ndarray, "_"]
     passed: bool | None
     figures: Figures
-
-
-def task_groups(task: Path, generated: Path, references: Path, count: int) -> list[Group]:
-    """Return one group for each prompt of the course's task.
-
-    Args:
-      task: the JSON file.
-      generated: holds {key}/{prompt number}/.
-      references: holds {key}/.
-      count: pictures that each prompt must have.
-
-    Raises:
-      InputError: the file is not such a task, a folder is missing, or holds another number of pictures.
-    """
-    groups = []
-    for concept in read_task(task):
-        originals = list_counted(references / concept.key, "--references")
-        for number, (prompt, plain, baseline) in enumerate(
-            zip(concept.prompts, concept.plain_prompts, concept.baselines)
-        ):
-            folder = generated / concept.key / str(number)
-            files = list_counted(folder, "--generated")
-            if len(files) != count:
-                raise InputError(f"--generated {folder}: {len(files)} pictures, must be {count}; --count says how many")
-            stripped = without([concept.token], prompt)
-            groups.append(Group(f"{concept.key}.{number}", files, originals, plain, prompt, stripped, baseline))
-    return groups
-
-
-def without(tokens: Sequence[str], prompt: str) -> str:
-    """Return the prompt with the learned words left out."""
-    for token in tokens:
-        prompt = prompt.replace(token, " ")
-    return re.sub(r"\s+", " ", prompt).strip()
-
-
-def list_pictures(folder: Path, flag: str) -> tuple[Path, ...]:
-    """Return the pictures of a folder in order of name, without our own grids and sheets of them.
-
-    Raises:
-      InputError: no such folder, or no pictures in it.
-    """
-    return _list(folder, flag, single_pictures)
-
-
-def list_counted(folder: Path, flag: str) -> tuple[Path, ...]:
-    """Return all that the course's grader counts in a folder, likewise."""
-    return _list(folder, flag, lambda folder: pictures(folder, COUNTED))
-
-
-def _list(folder: Path, flag: str, list_files: Callable[[Path], list[Path]]) -> tuple[Path, ...]:
-    if not folder.expanduser().is_dir():
-        raise InputError(f"{flag} {folder}: no such folder")
-    found = tuple(list_files(folder.expanduser()))
-    if not found:
-        raise InputError(f"{flag} {folder}: holds no pictures")
-    return found
-
-
-def read_as_grader(path: Path) -> Pixels:
-    """Decode a picture as the course's grader does, who does not turn it; raise OSError as `read_image` does."""
-    return read_image(path, MAX_PIXELS)
 
 
 def grade(
@@ -168,7 +72,9 @@ def grade(
     Raises:
       InputError: a picture cannot be read, or a text is too long.
     """
-    files = sorted({file for group in groups for file in (*group.files, *group.references)})
+    files = sorted({
+        file for group in groups for part in (group.files, *group.all_references.values()) for file in part
+    })  # fmt: skip
     images = LabelledImages(list(map(str, files)), np.zeros(len(files), np.int32), ("",), files, read)
     features = share_images(encoder, images, batch_size, folder)
     if features is None:
@@ -197,9 +103,14 @@ def _grade(
     seed: int,
 ) -> Graded:
     drawn, originals = embeds(group.files), embeds(group.references)
+    concepts = {word: embeds(files) for word, files in group.concepts.items()}
+    by_concept = {word: image_scores(drawn, own) for word, own in concepts.items()}
     image = image_scores(drawn, originals) if len(originals) else np.zeros(0)
+    if concepts and not len(originals):
+        image = np.mean(list(by_concept.values()), axis=0)
     text = text_scores(drawn, by_text[group.prompt], scale) if group.prompt else np.zeros(0)
-    figures: Figures = {"pictures": len(drawn), "references": len(originals)}
+    references = sum(map(len, group.all_references.values()))
+    figures: Figures = {"pictures": len(drawn), "references": references}
 
     def note(name: str, interval: Interval) -> None:
         figures[name] = interval.mean
@@ -222,9 +133,14 @@ def _grade(
         add("image_score", image)
         add("clip_i", image / 100)
         add("clip_i_times_2.5", 2.5 * np.maximum(image / 100, 0))
-        if min(len(drawn), len(originals)) > 1:
-            note("cmmd", cmmd_interval(drawn, originals, seed))
-            figures["cmmd_with_self_pairs"] = cmmd(drawn, originals, unbiased=False)
+    for word, own in {"": originals, **concepts}.items():
+        ending = f".{word}" if word else ""
+        if word:
+            add(f"image_score{ending}", by_concept[word])
+            add(f"clip_i{ending}", by_concept[word] / 100)
+        if min(len(drawn), len(own)) > 1:
+            for name, interval in zip(("cmmd", "cmmd_with_self_pairs"), cmmd_intervals(drawn, own, seed)):
+                note(f"{name}{ending}", interval)
     if len(text):
         add("text_score", text)
     for name, prompt in group.texts.items():

@@ -91,26 +91,25 @@ def _bootstrap(
     return [Interval(*map(float, found)) for found in zip(whole, low, high)]
 
 
-def cmmd(pictures: Embeds, references: Embeds, unbiased: bool = True) -> float:
-    """Return equation (6).
+def cmmd(pictures: Embeds, references: Embeds) -> Float[np.ndarray, "2"]:
+    """Return equation (6) without and with pairs of a picture with itself.
 
     Args:
       pictures: at least two.
       references: at least two.
-      unbiased: leave out pairs of a picture with itself.
     """
-    return _cmmd(pictures, references, _mean_within(references, unbiased), unbiased)
+    return _cmmd(pictures, references, _mean_within(references))
 
 
-def _cmmd(pictures: Embeds, references: Embeds, within_references: float, unbiased: bool = True) -> float:
+def _cmmd(pictures: Embeds, references: Embeds, within_references: Float[np.ndarray, "2"]) -> Float[np.ndarray, "2"]:
     between = _kernel_sum(pictures, references) / (len(pictures) * len(references))
-    return CMMD_SCALE * (_mean_within(pictures, unbiased) + within_references - 2 * between)
+    return CMMD_SCALE * (_mean_within(pictures) + within_references - 2 * between)
 
 
-def _mean_within(a: Embeds, unbiased: bool) -> float:
-    """Return the mean of k over pairs of `a`; a picture is at distance 0 of itself."""
+def _mean_within(a: Embeds) -> Float[np.ndarray, "2"]:
+    """Return the mean of k over pairs of `a` of two and over all; a picture is at distance 0 of itself."""
     number, total = len(a), _kernel_sum(a, a)
-    return (total - number) / (number * (number - 1)) if unbiased else total / number**2
+    return np.array([(total - number) / (number * (number - 1)), total / number**2])
 
 
 def _kernel_sum(a: Embeds, b: Embeds) -> float:
@@ -123,22 +122,25 @@ def _kernel_sum(a: Embeds, b: Embeds) -> float:
     return total
 
 
-def cmmd_interval(pictures: Embeds, references: Embeds, seed: int, resamples: int = 200) -> Interval:
-    """Return CMMD and the 95 % interval of its values on halves of the pictures, against all references.
+def cmmd_intervals(pictures: Embeds, references: Embeds, seed: int, resamples: int = 200) -> tuple[Interval, Interval]:
+    """Return both of `cmmd` and the 95 % intervals of their values on halves of the pictures, against all references.
 
     Drawing with replacement would count pictures as their own doubles, which (6) takes for likeness; halves drawn
     without replacement (Politis & Romano 1994) spread as the whole does, scaled by the square root of their share.
+    That a half's pairs with itself weigh twice as much moves all halves alike, and so no interval.
     """
     rng = np.random.default_rng(seed)
-    within_references = _mean_within(references, unbiased=True)
+    within_references = _mean_within(references)
     whole, half = _cmmd(pictures, references, within_references), max(2, len(pictures) // 2)
     if half == len(pictures):
-        return Interval(whole, None, None)
+        alone, with_self = (Interval(float(value), None, None) for value in whole)
+        return alone, with_self
     drawn = np.array([
         _cmmd(pictures[rng.permutation(len(pictures))[:half]], references, within_references)
         for _ in range(resamples)
     ])  # fmt: skip
     # Of a half drawn without replacement: variance (1/half - 1/all); of the whole: 1/all.
-    spread = (drawn - drawn.mean()) * np.sqrt(half / (len(pictures) - half))
-    low, high = np.percentile(spread, (2.5, 97.5))
-    return Interval(whole, whole + float(low), whole + float(high))
+    spread = (drawn - drawn.mean(axis=0)) * np.sqrt(half / (len(pictures) - half))
+    low, high = whole + np.percentile(spread, (2.5, 97.5), axis=0)
+    alone, with_self = (Interval(*map(float, found)) for found in zip(whole, low, high))
+    return alone, with_self

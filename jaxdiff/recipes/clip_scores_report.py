@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from jaxdiff.io.case_sheet import PICTURE, fit
 from jaxdiff.io.concept_pictures import read_photograph
 from jaxdiff.io.grids import GridStyle, labelled_grid
-from jaxdiff.io.images import write_overview
+from jaxdiff.io.images import is_overview, read_png_texts, write_overview
 from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.report import Figure, Picture, Report, Section, Table, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
@@ -23,6 +23,8 @@ from jaxdiff.recipes.clip_scores import TEXT_WEIGHT, best_pictures
 
 ACROSS, MOST = 5, 25
 """Pictures in a row of a group's sheet, references too, and all of its own on it."""
+TITLE = "Title"
+"""Keyword under which a sheet says its own name."""
 MEANINGS = {
     "image_score": "100 cosine to the references, mean",
     "text_score": "exp(logit scale) cosine to the prompt, mean",
@@ -50,9 +52,10 @@ def write_outputs(
     paths, sections = [table], []
     for result in graded:
         sheet = draw_sheet(result)
-        write_overview(out / f"sheet_{result.group.name}.png", sheet)
         paths.append(out / f"sheet_{result.group.name}.png")
+        write_overview(paths[-1], sheet, {TITLE: paths[-1].name})
         sections.append(section_of(result, sheet))
+    delete_others(out, paths)
     figures: Figures = {f"{r.group.name}.{name}": value for r in graded for name, value in r.figures.items()}
     judged = [result.passed for result in graded if result.passed is not None]
     if judged:
@@ -77,6 +80,14 @@ def write_outputs(
     return [*paths, results, write_report(out / "report.html", report)]
 
 
+def delete_others(out: Path, written: Sequence[Path]) -> None:
+    """Delete sheets of earlier runs that are none of this one's, and say so; a copy under another name stays."""
+    for path in sorted(out.glob("sheet_*.png")):
+        if path not in written and is_overview(path) and read_png_texts(path).get(TITLE) == path.name:
+            path.unlink()
+            print(f"deleted: {path}, a sheet of an earlier run with other pictures")
+
+
 def write_table(path: Path, graded: Sequence[Graded]) -> Path:
     """Write one line a picture."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -99,9 +110,9 @@ def draw_sheet(result: Graded) -> UInt8[np.ndarray, "h w 3"]:
         rows.append(f"{start + 1} to {start + len(part)}" if len(part) > 1 else str(start + 1))
         cells += _row([square(group.files[number]) for number in part])
         captions += _row([" / ".join(f"{values[number]:.1f}" for values in scores) for number in part], "")
-    if group.references:
-        rows.append("references")
-        cells += _row([square(file) for file in group.references[:ACROSS]])
+    for name, files in group.all_references.items():
+        rows.append(name)
+        cells += _row([square(file) for file in files[:ACROSS]])
         captions += [""] * ACROSS
     named = (("image score", result.image), ("text score", result.text))
     return labelled_grid(
@@ -165,4 +176,7 @@ def meaning(name: str) -> str:
         return f"how much better a text with “{name.split('.', 1)[1]}” fits than one without"
     if name.startswith("present."):
         return f"share of pictures that show “{name.split('.', 1)[1]}”"
-    return MEANINGS[name]
+    if name in MEANINGS:
+        return MEANINGS[name]
+    kind, word = name.split(".", 1)
+    return f"{MEANINGS[kind]}; those of “{word}” alone"

@@ -76,6 +76,12 @@ def tiny_config(vocab_size: int, eos_token_id: int) -> CLIPConfig:
     return CLIPConfig(text, vision, 64)
 
 
+def tiny_digits_config() -> CLIPConfig:
+    """Return the config of tiny-digits, whether it is trained already or not."""
+    vocab, merges = caption_vocabulary()
+    return tiny_config(len(vocab), CLIPTokenizer(vocab, merges, CONTEXT).pad_id)
+
+
 def true_pairs(labels: Array, domains: Array, classes: Array, spoken: Array) -> Bool[Array, "B B"]:
     """Tell which captions (second axis) are true of which pictures (first axis); arguments as in `Pairs`."""
     same_domain = (spoken[None, :] == ANYWHERE) | (spoken[None, :] == domains[:, None])
@@ -130,9 +136,8 @@ def make_batches(tokenizer: CLIPTokenizer, batch_size: int, seed: int) -> Callab
 
 def train_tiny_clip(num_steps: int, seed: int, mesh: Mesh) -> tuple[CLIPConfig, Any]:
     """Train on the embedded digits; return the config and the averaged parameters."""
-    vocab, merges = caption_vocabulary()
-    tokenizer = CLIPTokenizer(vocab, merges, CONTEXT)
-    config = tiny_config(len(vocab), tokenizer.pad_id)
+    tokenizer = CLIPTokenizer(*caption_vocabulary(), CONTEXT)
+    config = tiny_digits_config()
     batch_at = make_batches(tokenizer, round_up(BATCH, mesh), seed)
     return config, train_clip(config, batch_at, num_steps, seed, mesh, "tiny-digits")
 

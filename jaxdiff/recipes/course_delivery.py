@@ -6,6 +6,7 @@ from pathlib import Path
 from jaxdiff.errors import InputError
 from jaxdiff.io.course_task import COUNTED, read_task
 from jaxdiff.io.tokenizer import CLIPTokenizer
+from jaxdiff.recipes.learned_words import words_said
 from jaxdiff.recipes.text_to_image import Job
 
 
@@ -29,14 +30,16 @@ def list_delivery(path: Path, num_images: int) -> tuple[list[str], list[Job]]:
 
 def check_words(path: Path, tokenizer: CLIPTokenizer) -> None:
     """Raise InputError unless every word of a task was added to the tokenizer; print which prompts lack theirs."""
-    for concept in read_task(path, graded=False):
+    concepts = read_task(path, graded=False)
+    tokens = {concept.token: (None,) for concept in concepts}
+    for concept in concepts:
         if not tokenizer.was_given(concept.token):
             raise InputError(
                 f"--task {path}: {concept.key!r} needs the learned word {concept.token}, which neither the model nor a "
                 "file of --embeddings holds"
             )
         for row, prompt in enumerate(concept.prompts):
-            if concept.token not in prompt:
+            if concept.token not in words_said(prompt, tokens):
                 print(f"--task {path}: prompt {row} of {concept.key!r} does not say {concept.token}: {prompt!r}")
 
 

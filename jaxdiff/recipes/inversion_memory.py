@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.io.images import to_float
 from jaxdiff.mesh import round_up
+from jaxdiff.recipes.image_score import scoring_program
 from jaxdiff.recipes.inversion_parts import choose_optimizer, first_deltas
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.memory import Sizes, estimate_memory
@@ -58,9 +59,15 @@ def estimate_learning(
     )
     at_once = round_up(PICTURES_AT_ONCE, mesh)
     pixels = jax.ShapeDtypeStruct((at_once, size, size, 3), jnp.uint8)
-    return estimate_memory(params, {
+    held, scoring = [params], {}
+    if training.score_model is not None:
+        clip, number, program = scoring_program(training.score_model, mesh)
+        held.append(clip)
+        scoring = {f"scoring, {number} pictures at once": program}
+    return estimate_memory(held, {
         f"learning, {training.batch_size} pictures a step":
             jax.jit(step).lower(state, InversionBatch(ids, latents, latents), params),
         f"encoding, {at_once} pictures at once": jax.jit(encode).lower(params["vae"], pixels),
         **drawing_programs(model, params, training.pictures, mesh),
+        **scoring,
     })  # fmt: skip

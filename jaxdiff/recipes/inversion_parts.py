@@ -35,6 +35,7 @@ from jaxdiff.recipes.textual_inversion import (
 from jaxdiff.recipes.tiny_world import PICTURES, TEXTS, tiny_world_folder
 from jaxdiff.recipes.training import Stream, TrainState, create_state, make_optimizer, stream_key
 from jaxdiff.recipes.value_adapters import give_values, zero_values
+from jaxdiff.recipes.zeroshot import place_of
 from jaxdiff.text2image_settings import LatentModelSettings
 from jaxdiff.textual_inversion_settings import InversionSettings
 
@@ -103,7 +104,7 @@ def own_concept(training: InversionSettings, mesh: Mesh) -> tuple[list[Concept],
     """
     folder = tiny_world_folder(cache_folder(), own_mesh(mesh))
     concept = Concept("<new1>", folder / PICTURES, UNKNOWN)
-    templates = training.templates or folder / TEXTS
+    templates = training.templates or (str(folder / TEXTS),)
     prompts = training.sample_prompts or ("a photo of the digit <new1>.", f"a photo of the digit {UNKNOWN}.")
     return [concept], replace(training, templates=templates, flip=False, sample_prompts=prompts)
 
@@ -133,7 +134,7 @@ def prepare_inversion(
     """
     texts = [text for speaks in texts_of(concepts, training.templates) for text in speaks]
     texts += [*training.sample_prompts, *(concept.initializer for concept in concepts), *training.prior]
-    check_said(model, texts)
+    check_said(model, texts, {concept.word: np.zeros((training.vectors_per_token, 1)) for concept in concepts})
     known = sum(map(len, read_all_learned(model).values()))
     frozen: list[Params] = []
     first: list[Learned] = []
@@ -178,10 +179,13 @@ def prepare_inversion(
     )
     remedy = "give the word fewer --vectors-per-token"
     drawing.tokenize(prompts_of(parts, training), remedy)  # refuses now what could not be drawn at the end
-    if training.score_model is None or not is_leader():
+    if training.score_model is None:
+        return parts
+    place = place_of(training.score_model, None, drawing.mesh)
+    if not is_leader():
         return parts
     score = make_image_score(
-        training.score_model, parts.words, data.originals, prompts_of(parts, training), drawing.mesh
+        place, parts.words, data.originals, prompts_of(parts, training), drawing.learned, drawing.mesh
     )
     return replace(parts, score=score)
 

@@ -17,7 +17,7 @@ from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.mesh import device_name, own_copy
 from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, split_trained, write_for_diffusers
 from jaxdiff.recipes.inversion_parts import InversionParts, prompts_of
-from jaxdiff.recipes.inversion_training import draw_pictures, make_grid
+from jaxdiff.recipes.inversion_training import Outcome, draw_pictures, make_grid
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_report import shrink, strip
 from jaxdiff.textual_inversion_settings import InversionSettings
@@ -30,22 +30,25 @@ SMOOTHED = 10
 def write_outputs(
     out: Path,
     parts: InversionParts,
-    trained: Mapping[str, np.ndarray],
+    outcome: Outcome,
     training: InversionSettings,
     config: Mapping[str, Any],
     started: float,
 ) -> list[Path]:
     """Draw with the learned words, write everything, and return the paths."""
-    rows, deltas = split_trained(trained, parts.words)
+    rows, deltas = split_trained(outcome.trained, parts.words)
     words = [] if of_words(deltas) else write_words(out, rows)
     adapters = write_adapters(out, parts, rows, deltas, training) if deltas else []
     prompts = prompts_of(parts, training)
-    pictures = draw_pictures(parts, training, trained)
+    pictures = draw_pictures(parts, training, outcome.trained)
     write_overview(out / "grid.png", make_grid(pictures, prompts, "With the learned words"))
     lines = read_lines(out / METRICS)
-    if parts.score is not None:
-        lines.append({"step": max((line["step"] for line in lines), default=0), "image_score": parts.score(pictures)})
     figures = figures_of(parts, rows, deltas, lines)
+    figures["saved.step"] = outcome.step
+    if parts.score is not None:
+        figures["saved.image_score"] = parts.score(pictures)
+        if not any(line["step"] == outcome.step and "image_score" in line for line in lines):
+            lines.append({"step": outcome.step, "image_score": figures["saved.image_score"]})
     figures["seconds"] = time.perf_counter() - started
     hashes = {
         "params": tree_hash(own_copy(parts.frozen)),
@@ -54,6 +57,9 @@ def write_outputs(
     }
     results = write_results(out, figures, config, hashes, device_name(parts.mesh))
     record = read_json(results)
+    which = ""
+    if training.patience is not None:
+        which = f" What had been learned by step {outcome.step:,}, whose pictures scored best, is what is saved."
     sections = [
         Section("Pictures with the learned words", [
             Picture(make_grid(pictures, prompts, "With the learned words"),
@@ -68,14 +74,18 @@ def write_outputs(
         ),
         Section("Training", training_blocks(lines, rows, figures, training.adapter_rank),
                 "The loss of a step says little: most of it depends on the timesteps drawn. That by timestep is taken "
-                "of the same texts, pictures and noise every time."),
+                "of the same texts, pictures and noise every time." + which),
     ]  # fmt: skip
     note = f" {parts.drawing.note}".rstrip()
     report = Report(
         "Textual inversion",
         f"New words{' and matrices' if deltas else ''} for a model that stays as it is otherwise, from a few pictures "
         f"each (arXiv {'2510.04668' if of_words(deltas) else '2212.04488' if deltas else '2208.01618'}).{note}",
-        [Figure(str(len(rows)), "words learned"), Figure(f"{figures['steps']:,}", "steps")],
+        [
+            Figure(str(len(rows)), "words learned"),
+            Figure(f"{figures['steps']:,}", "steps"),
+            *([Figure(f"{outcome.step:,}", "step that is saved")] if training.patience is not None else []),
+        ],
         sections,
         facts_of(record),
     )
@@ -104,9 +114,6 @@ def figures_of(
     if losses:
         figures |= {"final_loss": losses[-1][1], "images_per_second": float(np.median(rates))}
     checked = [line for line in lines if "validation_loss" in line]
-    scores = [(line["step"], line["image_score"]) for line in lines if "image_score" in line]
-    if scores:
-        figures["last.image_score"] = scores[-1][1]
     if checked:
         figures |= {f"{when}.{name}": value for when, line in (("first", checked[0]), ("last", checked[-1]))
                     for name, value in line.items() if name != "step"}  # fmt: skip

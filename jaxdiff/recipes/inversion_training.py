@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxdiff.io.images import write_overview
 from jaxdiff.io.metrics import METRICS, MetricsLog, read_lines
 from jaxdiff.mesh import any_process, bring_home, own_copy, put_batch
 from jaxdiff.processes import is_leader
+from jaxdiff.recipes.best_scored import BestScored
 from jaxdiff.recipes.custom_diffusion import Trained
 from jaxdiff.recipes.image_score import has_stopped_rising
 from jaxdiff.recipes.inversion_parts import InversionParts, prompts_of
@@ -28,8 +29,20 @@ from jaxdiff.recipes.training import make_train_step
 from jaxdiff.textual_inversion_settings import InversionSettings
 
 
-def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict[str, np.ndarray]:
-    """Train from the last good checkpoint, or from step 0, to the end; return the averages of all that is learned."""
+class Outcome(NamedTuple):
+    """What a run ends with.
+
+    Attributes:
+      trained: the averages of all that is learned.
+      step: after which they were taken: the last one, or with --patience the one of the best score.
+    """
+
+    trained: dict[str, np.ndarray]
+    step: int
+
+
+def train(parts: InversionParts, training: InversionSettings, out: Path) -> Outcome:
+    """Train from the last good checkpoint, or from step 0, to the end; return what is to be saved."""
     checkpoints = Checkpoints(out / "checkpoints")
     state, start = checkpoints.restore(parts.state) or (parts.state, 0)
     if start:
@@ -38,7 +51,8 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
     model, mesh = parts.drawing.model, parts.mesh
     loss_fn = make_inversion_loss(model, parts.words, training.loss_weighting)
     check = make_check(model, parts.words, parts.frozen, parts.check_at, parts.finish, mesh)
-    scores = [line["image_score"] for line in read_lines(out / METRICS) if "image_score" in line]
+    patience, score = training.patience, parts.score
+    best = None if score is None else BestScored(out, log, checkpoints, keeping=patience is not None)
 
     def draw_grid(step: int, trained: Any) -> bool:
         own = bring_home(trained, mesh)
@@ -47,12 +61,12 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
         return enough()
 
     def draw(step: int, trained: Any) -> None:
-        pixels = draw_pictures(parts, training, kept(trained))
+        finished = kept(trained)
+        pixels = draw_pictures(parts, training, finished)
         grid = make_grid(pixels, prompts_of(parts, training), f"Step {step:,}")
         write_overview(grid_at(step), grid)
-        if parts.score is not None:
-            scores.append(parts.score(pixels))
-            log.write(step, {"image_score": scores[-1]})
+        if score is not None and best is not None:
+            best.note(step, score(pixels), finished)
 
     def kept(trained: Any) -> dict[str, np.ndarray]:
         # As they are written, so that what is drawn and scored is what is kept.
@@ -63,19 +77,18 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
         return out / "grids" / f"step_{step:07d}.png"
 
     def drawn(step: int) -> bool:
-        scored = parts.score is None or any("image_score" in x and x["step"] == step for x in read_lines(out / METRICS))
+        scored = best is None or step in best.scores
         return any_process(is_leader() and grid_at(step).is_file() and scored, mesh)
 
     def enough() -> bool:
         # Only the first process has scores.
-        patience = training.patience
-        if patience is None or not any_process(is_leader() and has_stopped_rising(scores, patience), mesh):
+        stopped = best is not None and patience is not None and has_stopped_rising(list(best.scores.values()), patience)
+        if patience is None or not any_process(stopped, mesh):
             return False
-        if is_leader():
-            best = int(np.argmax(scores))
+        if best is not None:
             print(
-                f"image score: none of the last {patience} is above {scores[best]:.2f}, score {best + 1} of "
-                f"{len(scores)}; nothing more is learned, and the words are kept as they are now"
+                f"image score: none of the last {patience} is above {best.scores[best.step]:.2f}, that of step "
+                f"{best.step}; nothing more is learned"
             )
         return True
 
@@ -101,11 +114,20 @@ def train(parts: InversionParts, training: InversionSettings, out: Path) -> dict
             draw_grid,
             drawn,
         ).run
-        state = state if enough() else run(state)
+        state = state if start < training.train_steps and enough() else run(state)
+        step, own = int(state.step), bring_home(state.ema_params, mesh)
+        if best is None or not best.keeping:
+            return Outcome(kept(own), step)
+        if step not in best.scores:
+            draw(step, own)
+        print(
+            f"image score: {best.scores[best.step]:.2f} at step {best.step} is the best of {len(best.scores)}; "
+            "what was learned by then is saved"
+        )
+        return Outcome(best.read(), best.step)
     finally:
         checkpoints.close()
         log.close()
-    return kept(bring_home(state.ema_params, mesh))
 
 
 def draw_pictures(

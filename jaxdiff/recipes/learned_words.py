@@ -1,12 +1,11 @@
 """Words that a text encoder has learned: new rows below its table of tokens, and new tokens that find them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.learned_embeddings import Learned
@@ -67,21 +66,29 @@ def ids_of_words(tokenizer: CLIPTokenizer, learned: Mapping[str, Any]) -> tuple[
     return tuple(tuple(int(ids[1]) for ids in tokenizer(own).input_ids) for own in names)
 
 
-def spell_out(prompt: str, learned: Mapping[str, np.ndarray]) -> str:
+def spell_out(prompt: str, learned: Mapping[str, Any]) -> str:
     """Return the prompt with every learned word of several vectors as all of its tokens.
 
     Words are found where the tokenizer finds them, inside others too: from the left, and of two that begin there the
     longer one. A word that is spelled out already stays as it is.
     """
-    if not learned:
-        return prompt
     spelled: dict[str, str] = {}
     for word, rows in learned.items():
         names = token_names(word, len(rows))
         whole = " ".join(names)
         spelled |= {**dict(zip(names, names)), word: whole, whole: whole}
-    longest_first = sorted(spelled, key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, longest_first)), lambda found: spelled[found[0]], prompt)
+    return longest_of(spelled).sub(lambda found: spelled[found[0]], prompt)
+
+
+def words_said(text: str, learned: Mapping[str, Any]) -> set[str]:
+    """Return which learned words a text says, found as in `spell_out`: a longer word does not say a shorter in it."""
+    of_name = {name: word for word, rows in learned.items() for name in token_names(word, len(rows))}
+    return {of_name[name] for name in longest_of(of_name).findall(text)}
+
+
+def longest_of(names: Collection[str]) -> re.Pattern[str]:
+    """Return the expression that finds names as the tokenizer finds tokens that it was given; none of no names."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
 def get_leaf(tree: Any, path: tuple[str, ...]) -> Any:

@@ -17,7 +17,7 @@ from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.mesh import round_up, split_large
 from jaxdiff.recipes.custom_diffusion import read_adapters, words_of
 from jaxdiff.recipes.embedding_adjustment import adjust_words
-from jaxdiff.recipes.learned_words import add_words
+from jaxdiff.recipes.learned_words import add_words, words_said
 from jaxdiff.recipes.memory import Sizes, estimate_memory
 from jaxdiff.recipes.merging import with_adapters
 from jaxdiff.recipes.pipeline_folder import read_models
@@ -122,27 +122,40 @@ def read_all_learned(settings: LatentModelSettings) -> Learned:
     return learned
 
 
-def check_said(settings: LatentModelSettings, texts: Sequence[str]) -> None:
+def check_said(settings: LatentModelSettings, texts: Sequence[str], new: Learned | None = None) -> None:
     """Raise InputError where words of a file or of --adjust change nothing, because no text says them.
 
     An adapter with matrices for all words changes every picture, so of such a one this is only printed.
+
+    Args:
+      settings: name the files.
+      texts: all that are encoded.
+      new: words that are being learned, which the tokenizer finds too.
     """
-    for path in settings.embeddings:
-        words = read_learned(path)
-        if not any(word in text for word in words for text in texts):
+    of_files = {path: read_learned(path) for path in settings.embeddings}
+    adapters = {}
+    for path in settings.adapters:
+        adapter = read_adapter(path)
+        adapters[path] = adapter.words, bool(of_all(adapter.deltas))
+    adjusted = [text.rsplit(":", 1)[0] for text in settings.adjust]
+    known: dict[str, Any] = dict.fromkeys(adjusted, (None,)) | dict(new or {})
+    for words in (*of_files.values(), *(words for words, _ in adapters.values())):
+        known |= words
+    said = {word for text in texts for word in words_said(text, known)}
+    for path, words in of_files.items():
+        if not said & words.keys():
             raise InputError(
                 f"--embeddings {path}: no prompt says {name_some(words)}, which is what the file holds: "
                 "say it, or drop the file"
             )
-    for path in settings.adapters:
-        adapter = read_adapter(path)
-        if not any(word in text for word in adapter.words for text in texts):
-            missing = f"--adapters {path}: no prompt says {name_some(adapter.words)}"
-            if not of_all(adapter.deltas):
+    for path, (words, for_all) in adapters.items():
+        if not said & words.keys():
+            missing = f"--adapters {path}: no prompt says {name_some(words)}"
+            if not for_all:
                 raise InputError(f"{missing}, and it changes nothing else: say it, or drop the file")
             print(f"{missing}; its matrices change the pictures nevertheless")
-    for word in (text.rsplit(":", 1)[0] for text in settings.adjust):
-        if not any(word in text for text in texts):
+    for word in adjusted:
+        if word not in said:
             raise InputError(f"--adjust: no prompt says {word!r}: say it, or drop it from --adjust")
 
 

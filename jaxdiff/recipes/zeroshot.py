@@ -97,14 +97,21 @@ def prepare_encoder(name: str, revision: str | None, dtype: str, tiny_steps: int
     Raises:
       InputError: files are missing, damaged or another model's, or the hub cannot be reached.
     """
+    try:
+        return load_encoder(place_of(name, tiny_steps, mesh), revision, dtype, mesh)._replace(name=name)
+    except InputError as error:
+        raise InputError(f"--model {error}") from error
+
+
+def place_of(name: str, tiny_steps: int | None, mesh: Mesh) -> str:
+    """Return where a model is read from: its name, or for `tiny-digits` its folder, trained now if it is not kept yet.
+
+    Of several processes all must call it.
+    """
     if name != TINY_DIGITS:
-        try:
-            return load_encoder(name, revision, dtype, mesh)
-        except InputError as error:
-            raise InputError(f"--model {error}") from error
+        return name
     num_steps = TRAIN_STEPS if tiny_steps is None else tiny_steps
-    folder = leader_first(lambda: tiny_digits_folder(cache_folder(), num_steps, mesh))
-    return load_encoder(str(folder), None, dtype, mesh)._replace(name=name)
+    return str(leader_first(lambda: tiny_digits_folder(cache_folder(), num_steps, mesh)))
 
 
 def classify(
