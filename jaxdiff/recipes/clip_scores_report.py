@@ -83,7 +83,7 @@ def write_outputs(
 def delete_others(out: Path, written: Sequence[Path]) -> None:
     """Delete sheets of earlier runs that are none of this one's, and say so; a copy under another name stays."""
     for path in sorted(out.glob("sheet_*.png")):
-        if path not in written and is_overview(path) and read_png_texts(path).get(TITLE) == path.name:
+        if path not in written and is_overview(path) and (read_png_texts(path) or {}).get(TITLE) == path.name:
             path.unlink()
             print(f"deleted: {path}, a sheet of an earlier run with other pictures")
 
