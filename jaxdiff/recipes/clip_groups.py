@@ -44,7 +44,8 @@ class Group:
     def all_references(self) -> dict[str, tuple[Path, ...]]:
         """References by the name of their row on the sheet; none twice."""
         known = {"references": self.references} if self.references else {}
-        return known | {word: files for word, files in self.concepts.items() if files != self.references}
+        others = {word: files for word, files in self.concepts.items() if files != self.references}
+        return known | {f"references: {word}": files for word, files in others.items()}
 
     @property
     def texts(self) -> dict[str, str]:
