@@ -90,6 +90,12 @@ def test_the_defaults_draw_and_a_rerun_draws_only_what_is_missing(tmp_path):
     assert np.abs(pixels(tmp_path, 1, 1).astype(int) - first).max() > 0
     fewer = draw(*SMALL, "--prompt=a photo of a cat", f"--out={tmp_path}")
     assert "pictures of earlier runs that stay in" in fewer.out
+    grid = (tmp_path / "grid.png").read_bytes()
+    Image.new("RGB", (16, 16)).save(tmp_path / "grid.png")
+    assert draw(*SMALL, "--prompt=a cat", f"--out={tmp_path}").sentence.endswith(
+        "grid.png: is no grid that jaxdiff drew; move it away, or choose another --out"
+    )
+    (tmp_path / "grid.png").write_bytes(grid)
     Image.new("RGB", (16, 16)).save(tmp_path / "000_000.png")
     assert draw(*SMALL, "--prompt=a cat", f"--out={tmp_path}").sentence.endswith(
         "000_000.png: was not drawn by jaxdiff; move it away, or choose another --out"
@@ -156,7 +162,7 @@ def learned(tmp_path) -> dict[str, torch.Tensor]:
     return {"<one>": torch.randn(32), "<many>": torch.randn(3, 32)}
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "torch", "a1111", "a1111 torch", "the paper's code"])
+@pytest.mark.parametrize("layout", ["diffusers", "torch", "a1111", "comfyui", "a1111 torch", "the paper's code"])
 def test_learned_words_are_read_as_diffusers_reads_them(folder, tmp_path, layout):
     words = learned(tmp_path)
     if layout == "diffusers":
@@ -169,9 +175,9 @@ def test_learned_words_are_read_as_diffusers_reads_them(folder, tmp_path, layout
         files = []
         for word, rows in words.items():
             rows = torch.atleast_2d(rows)
-            if layout == "a1111":
+            if layout in ("a1111", "comfyui"):
                 files.append(tmp_path / f"{word}.safetensors")
-                save_file({"emb_params": rows}, files[-1])
+                save_file({"clip_l" if layout == "comfyui" else "emb_params": rows}, files[-1])
             else:
                 files.append(tmp_path / f"{word}.pt")
                 saved = {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": word}
@@ -278,6 +284,7 @@ def edit(path, **changes):
         (("--prompt=a</w>", "--embeddings=known.safetensors"), "a</w> stands for something already"),
         (("--prompt=<w>", "--embeddings", "wide.safetensors", "again.safetensors"), "<w> is in another"),
         (("--prompt=a", "--embeddings=complex.bin"), "--embeddings complex.bin: <w> has complex numbers"),
+        (("--prompt=a", "--embeddings=state.pt"), "--embeddings state.pt: no prompt says 'state_dict'"),
         (("--prompt=a", "--embeddings=unnamed.bin"), "--embeddings unnamed.bin: the name '' is no word"),
         (("--prompt=w", "--embeddings=wide.safetensors"), "no prompt says '<w>', which is what the file holds"),
         (("--prompt=a", "--num-steps=1000", "--sampler=unipc"), "must lie in 1..999 with unipc"),
@@ -297,6 +304,7 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path, monkeypatch, flags, sent
     (tmp_path / "empty.txt").write_text("\n \n")
     save_file({"<w>": torch.zeros(5)}, tmp_path / "wide.safetensors")
     torch.save({"<w>": torch.zeros(64, dtype=torch.complex64)}, tmp_path / "complex.bin")
+    torch.save({"state_dict": torch.zeros(2, 64)}, tmp_path / "state.pt")
     torch.save({"": torch.zeros(64)}, tmp_path / "unnamed.bin")
     save_file({"<w>": torch.zeros(5)}, tmp_path / "again.safetensors")
     save_file({"a</w>": torch.zeros(64)}, tmp_path / "known.safetensors")

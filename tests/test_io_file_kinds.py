@@ -24,6 +24,12 @@ KINDS = {
     "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight": "a LoRA",
     "base_model.model.down_blocks.0.attn1.to_q.lora_B.default.weight": "a LoRA",
     "text_model.encoder.layers.0.mlp.fc1.hada_w1_a": "a LoRA",
+    "lycoris_unet_down_blocks_0_attentions_0_proj_in.diff": "a LoRA",
+    "oft_unet_down_blocks_0_attentions_0_proj_in.oft_blocks": "a LoRA",
+    "image_proj.norm.weight": "an IP-Adapter",
+    "down_blocks.0.motion_modules.0.norm.weight": "a motion module of AnimateDiff",
+    f"{ATTENTION}.processor.to_k_custom_diffusion.weight": "Custom Diffusion as diffusers reads it, beside which "
+    "jaxdiff writes adapter.safetensors",
     "clip_g": "learned words of Stable Diffusion XL or 3",
     "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": "Stable Diffusion XL or its kin",
     "add_embedding.linear_1.weight": "Stable Diffusion XL or its kin",
@@ -58,6 +64,7 @@ def test_a_file_that_is_taken_nowhere_says_what_it_is(tmp_path, name):
     [
         ("word.<new1>", "an adapter of jaxdiff, which --adapters takes"),
         ("emb_params", "a learned word, which --embeddings takes"),
+        ("clip_l", "a learned word, which --embeddings takes"),
         ("<cat-toy>", "a learned word, which --embeddings takes"),
         ("model.diffusion_model.out.0.weight", "Stable Diffusion as a single file, which weights_convert takes"),
     ],

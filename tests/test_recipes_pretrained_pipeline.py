@@ -131,7 +131,9 @@ def test_another_sampler_is_that_of_from_config(folder, loaded, encoded, tmp_pat
     assert_same_latents(folder, loaded, encoded, tmp_path, scheduler, name.split(",")[0], spacing)
 
 
-@pytest.mark.parametrize("spacing", ["linspace", pytest.param("leading", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "spacing", ["linspace", *(pytest.param(name, marks=pytest.mark.slow) for name in ("leading", "trailing"))]
+)
 def test_euler_ancestral_is_that_of_diffusers_with_the_same_noise(
     folder, loaded, encoded, tmp_path, monkeypatch, spacing
 ):
@@ -148,12 +150,15 @@ def test_euler_ancestral_is_that_of_diffusers_with_the_same_noise(
     assert next(drawn) == 11
 
 
-def test_a_model_whose_sampler_is_missing_is_drawn_with_another(folder, loaded, tmp_path):
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_whose_sampler_is_missing_is_drawn_with_another(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     LMSDiscreteScheduler(**BETAS).save_pretrained(path.parent)
     with pytest.raises(InputError, match=r"is LMSDiscreteScheduler, which .* choose --sampler ddim, ddpm, eu"):
         FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="sampler='euler_a': must be one of ddim, ddpm, euler, "):
+        FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "model", sampler="euler_a")
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path / "model", sampler="euler")
     theirs = StableDiffusionPipeline.from_pretrained(
         folder, scheduler=EulerDiscreteScheduler.from_pretrained(path.parent)
@@ -278,8 +283,9 @@ def test_a_published_scheduler_takes_any_number_of_steps(loaded, num_steps):
     np.testing.assert_array_equal(walk[:-1], -np.unique(-theirs.timesteps.numpy()))
 
 
-def test_a_script_of_old_runs_as_it_is(loaded):
-    pipeline, params = loaded
+def test_a_script_of_old_runs_as_it_is(folder):
+    # With a sampler that draws noise along the way too.
+    pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(folder, sampler="euler-ancestral")
     devices = jax.device_count()
     prompt_ids = pipeline.prepare_inputs(["a photo of a cat"] * devices)
     replicated = jax.tree.map(lambda leaf: jnp.stack([leaf] * devices), params)
@@ -397,7 +403,7 @@ def test_a_folder_of_variants_alone_is_read_and_said(folder, tmp_path, capsys, v
     _, params = FlaxStableDiffusionPipeline.from_pretrained(tmp_path)
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        f"{tmp_path}/{part}: has no plain weights, so {name}.{variant}.safetensors is read"
+        f"{tmp_path}/{part}: no plain weights found, so {name}.{variant}.safetensors is read"
         for part, name in (
             ("text_encoder", "model"),
             ("unet", "diffusion_pytorch_model"),

@@ -401,7 +401,7 @@ def test_a_hub_name_with_other_files(tmp_path, pipeline, monkeypatch, change):
     play_hub(monkeypatch, remote, tmp_path / "cache")
     answer = convert("google/ddpm-tiny", tmp_path / "out")
     assert answer.code == 0, answer
-    assert ("has no plain weights, so diffusion_pytorch_model.fp16.safetensors is read" in answer.out) == (
+    assert ("no plain weights found, so diffusion_pytorch_model.fp16.safetensors is read" in answer.out) == (
         change == "fp16"
     )
     assert convert(pipeline, tmp_path / "expected").code == 0

@@ -80,7 +80,10 @@ def convert_folder(name: str, folder: Path) -> tuple[dict[str, Any], PretrainedC
     diffusion, sampling = ForwardProcess(), SamplingDefaults()
     if found:
         diffusion, defaults, sampler = read_scheduler(found[0])
-        sampling = next((of for name, of in defaults.items() if name == sampler), defaults["ddim"])
+        found_own = [of for name, of in defaults.items() if name == sampler]
+        if not found_own:
+            print(f"{name}: jaxdiff does not have the sampler of {sampler}, so DDIM takes its settings")
+        sampling = found_own[0] if found_own else defaults["ddim"]
     else:
         print(f"{name}: no scheduler_config.json, so schedule and sampling are set as in DDPM (arXiv 2006.11239)")
     weights = find_weights(str(model), open_model(model), WEIGHTS_OF_DIFFUSERS)

@@ -21,13 +21,20 @@ KINDS: tuple[tuple[str, Kind | None, str], ...] = (
     (
         "a LoRA",
         None,
-        r"lora_(unet|te\d?|transformer|prior)_.*|(.*\.)?lora_(A|B|down|up|linear_layer|magnitude_vector)(\..*)?"
+        r"(lora|oft|lycoris)_(unet|te\d?|transformer|prior|text_model)_.*|(.*\.)?lora_(A|B|down|up|linear_layer|magnitude_vector)(\..*)?"
         r"|.*\.lora\.(up|down)\..*|.*processor\.to_(q|k|v|out)_lora\..*|.*\.(hada_w\d(_[ab])?|lokr_w\d(_[ab])?|dora_scale)",
     ),
-    ("learned words of Stable Diffusion XL or 3", None, r"clip_[lg]|t5xxl"),
+    ("learned words of Stable Diffusion XL or 3", None, r"clip_g|t5xxl"),
     ("Stable Diffusion XL or its kin", None, r"conditioner\.embedders\..*|(.*\.)?add_embedding\.linear_1\..*"),
     ("Flux or its kin", None, r"(.*\.)?(double_blocks|single_transformer_blocks)\.\d+\..*"),
     ("Stable Diffusion 3 or its kin", None, r"(.*\.)?(joint_blocks|transformer_blocks\.\d+\.attn\.add_q_proj)\..*"),
+    ("an IP-Adapter", None, r"image_proj\..*|ip_adapter\..*"),
+    ("a motion module of AnimateDiff", None, r"(.*\.)?(motion_modules|temporal_transformer)\..*"),
+    (
+        "Custom Diffusion as diffusers reads it, beside which jaxdiff writes adapter.safetensors",
+        None,
+        r".*_custom_diffusion\..*",
+    ),
     ("a ControlNet", None, r"(.*\.)?(input_hint_block|controlnet_cond_embedding)\..*"),
     (
         "Stable Diffusion as a single file, which weights_convert takes",
@@ -36,7 +43,7 @@ KINDS: tuple[tuple[str, Kind | None, str], ...] = (
     ),
     ("one network of a diffusers folder", None, r"(encoder\.)?down_blocks\..*|text_model\.encoder\..*"),
     ("an adapter of jaxdiff, which --adapters takes", "adapter", r"(word|unet)\..+"),
-    ("a learned word, which --embeddings takes", "words", r"emb_params|<[^<>]+>"),
+    ("a learned word, which --embeddings takes", "words", r"emb_params|clip_l|<[^<>]+>"),
 )
 """What a file is, its kind if jaxdiff takes it, and what the name of one of its tensors is like; the first counts."""
 

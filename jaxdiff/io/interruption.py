@@ -21,6 +21,8 @@ GRACE = 5.0
 """Seconds that a process without work to save may go on computing after the first signal."""
 SAME = 0.5
 """Seconds within which a second signal is the first one again: `timeout` and some schedulers send it twice."""
+RESENT_AFTER = 0.1
+"""Seconds after which a signal that Python has swallowed is sent again."""
 INTERRUPTED = 130
 """Exit code of an interrupted command."""
 
@@ -96,11 +98,15 @@ def obey_signals(sentence: str) -> Iterator[None]:
         sys.unraisablehook = report
         _watched.clear()
         _swallowed.clear()
-        signal.set_wakeup_fd(before)
-        os.close(writing)  # ends the thread
-        thread.join()
-        os.close(reading)
-        signal.signal(signal.SIGTERM, handler)  # now, because the thread sends it
+        # Until the thread has ended, because it sends SIGTERM, and so that another one does not cut this short.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            signal.set_wakeup_fd(before)
+            os.close(writing)  # ends the thread
+            thread.join()
+            os.close(reading)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -111,11 +117,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _watch(reading: int, main: int, sentence: str) -> None:
     """Read the numbers of signals from a pipe until it is closed; end the process where they are not obeyed."""
     first: float | None = None
+    sent = -RESENT_AFTER
     own = 0  # signals that come from here
     while True:
-        if _swallowed.is_set():
+        if _swallowed.is_set() and time.monotonic() - sent >= RESENT_AFTER:
             # Again and again until a handler runs, because one that comes just before a sleep does not end it.
-            own += 1
+            own, sent = own + 1, time.monotonic()
             signal.pthread_kill(main, signal.SIGTERM)
         if select.select([reading], [], [], None if first is None else 0.1)[0]:
             numbers = os.read(reading, 64)

@@ -2,7 +2,7 @@
 
 diffusers writes a safetensors or torch file of one tensor a word, under the word's name; A1111 writes one word, whose
 vectors are called `emb_params` (safetensors) or lie below `string_to_param` (torch, as the paper's own code writes it)
-and whose name is the file's.
+and whose name is the file's; so does ComfyUI, which also calls them `clip_l`.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,8 @@ from jaxdiff.io.weights import check_finite, read_safetensors, write_safetensors
 
 Learned = dict[str, Float[np.ndarray, "_ _"]]
 """By word, the vectors that stand for it, one after another."""
-A1111 = "emb_params"
+A1111, COMFYUI = "emb_params", "clip_l"
+"""Names of vectors whose word is the file's name."""
 
 
 def read_learned(path: Path) -> Learned:
@@ -40,8 +41,9 @@ def read_learned(path: Path) -> Learned:
         tensors = dict(tensors)
     elif path.suffix in (".bin", ".pt"):
         tensors = read_torch(path)
-        inner = tensors.get("state_dict") if isinstance(tensors, Mapping) else None
-        check_kind(f"--embeddings {path}", inner or tensors if isinstance(tensors, Mapping) else (), "words")
+        named = tensors if isinstance(tensors, Mapping) else {}
+        inner = named.get("state_dict")
+        check_kind(f"--embeddings {path}", inner if isinstance(inner, Mapping) else named, "words")
         if isinstance(tensors, Mapping) and isinstance(tensors.get("string_to_param"), Mapping):
             tensors = {A1111: next(iter(tensors["string_to_param"].values()), None)}
     else:
@@ -56,7 +58,7 @@ def read_learned(path: Path) -> Learned:
             wrong = f"{name} has complex numbers" if np.iscomplexobj(tensor) else f"the name {name!r} is no word"
             raise InputError(f"--embeddings {path}: {wrong}")
         check_finite(f"--embeddings {path}", str(name), tensor)
-        word = path.stem if name == A1111 else str(name)
+        word = path.stem if name in (A1111, COMFYUI) else str(name)
         learned[word] = np.atleast_2d(np.asarray(tensor, np.float32))
     return learned
 

@@ -151,7 +151,7 @@ def find_weights(name: str, fetch: Fetch, names: Sequence[str]) -> Path:
 def say_if_variant(name: str, path: Path) -> None:
     """Print which file is read where it is not the plain one."""
     if any(f".{word}." in path.name for word in VARIANTS):
-        print(f"{name}: has no plain weights, so {path.name} is read")
+        print(f"{name}: no plain weights found, so {path.name} is read")
 
 
 def read_tensors(path: Path) -> Mapping[str, np.ndarray]:

@@ -118,11 +118,12 @@ WITHOUT_EFFECT = frozenset(
     # Where a file comes from, and what its numbers were.
     ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "finetuning_task")
     + ("task_specific_params", "tokenizer_class", "prefix", "problem_type", "id2label", "label2id", "num_labels")
+    + ("transformers.js_config", "auto_map")
     # Training: how parameters begin, and what is dropped or computed again.
     + ("initializer_range", "initializer_factor", "dropout", "gradient_checkpointing")
     # How a call is computed and what it returns, not what of.
     + ("chunk_size_feed_forward", "return_dict", "output_attentions", "output_hidden_states", "output_scores")
-    + ("return_dict_in_generate", "torchscript", "use_bfloat16", "use_cache", "tf_legacy_loss")
+    + ("attn_implementation", "return_dict_in_generate", "torchscript", "use_bfloat16", "use_cache", "tf_legacy_loss")
     # Language models alone, which write: CLIP's transformers have no head, no decoder and draw no words.
     + ("tie_word_embeddings", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id")
     + ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "max_length", "min_length", "do_sample")

@@ -1,8 +1,8 @@
 """What had been learned at the best image score so far, in files beside the checkpoints.
 
 A checkpoint holds what is being learned, which by its time may have passed its best. So whatever scores above all
-before it is kept in a file of its own: written before its score is logged, and deleted only when the oldest checkpoint
-knows of a better one. Wherever a killed run is taken up, the best of the steps until there is at hand.
+before it is kept in a file of its own, written before its score is logged; of each checkpoint the best until there is
+kept. Wherever a killed run is taken up, the best of the steps until there is at hand.
 """
 
 from pathlib import Path
@@ -18,6 +18,8 @@ from jaxdiff.io.weights import TensorFile, write_safetensors
 from jaxdiff.recipes.custom_diffusion import Trained
 
 SCORE, DIGEST = "image_score", "sha256"
+OWN = "step_[0-9]*.safetensors*"
+"""Names of its files, those that a killed run left half written among them."""
 
 
 class BestScored:
@@ -40,16 +42,15 @@ class BestScored:
         self._folder, self._log, self._checkpoints = out / BEST_SCORED, log, checkpoints
         lines = read_lines(out / METRICS)
         self.scores: dict[int, float] = {line["step"]: line[SCORE] for line in lines if SCORE in line}
-        for path in self._folder.glob("*.safetensors"):
-            if path not in map(self._file, self.scores):
-                path.unlink()
+        if keeping:
+            self._keep_only(set(self.scores))
         if keeping and self.scores:
             self.read()
 
     @property
     def step(self) -> int:
         """The step of the best score, of several the first."""
-        return max(self.scores, key=self.scores.__getitem__)
+        return self._best_until(max(self.scores))
 
     def note(self, step: int, score: float, trained: Trained) -> None:
         """Log the score of a step, having kept what was learned if it is above all before; once for each step."""
@@ -61,7 +62,10 @@ class BestScored:
             write_safetensors(self._file(step), arrays, {DIGEST: tree_hash(arrays)})
         self._log.write(step, {SCORE: score})
         self.scores[step] = score
-        self._delete_needless()
+        if self.keeping:
+            # A run goes on from a checkpoint, with the scores until there.
+            ends = [*self._checkpoints.steps(), step]
+            self._keep_only({self._best_until(end) for end in ends if end >= min(self.scores)})
 
     def read(self) -> dict[str, np.ndarray]:
         """Return what had been learned at the best score.
@@ -82,13 +86,13 @@ class BestScored:
     def _file(self, step: int) -> Path:
         return self._folder / f"step_{step:07d}.safetensors"
 
-    def _delete_needless(self) -> None:
-        """Delete what a better score replaced before the oldest checkpoint, from where no run goes on."""
-        oldest = min(self._checkpoints.steps(), default=0)
-        best: list[int] = []
-        for step, score in self.scores.items():
-            if not best or score > self.scores[best[-1]]:
-                best.append(step)
-        for step, better in zip(best, best[1:]):
-            if better <= oldest:
-                self._file(step).unlink(missing_ok=True)
+    def _best_until(self, end: int) -> int:
+        """Return the step of the best score up to a step, of several the first."""
+        return max((step for step in self.scores if step <= end), key=self.scores.__getitem__)
+
+    def _keep_only(self, steps: set[int]) -> None:
+        """Delete what was kept of other steps."""
+        kept = {self._file(step) for step in steps}
+        for path in self._folder.glob(OWN):
+            if path not in kept:
+                path.unlink()

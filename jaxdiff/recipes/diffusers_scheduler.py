@@ -136,7 +136,7 @@ def translate_scheduler(path: Path | str, config: Mapping[str, Any]) -> Schedule
     if isinstance(given.get("_class_name"), str):
         # The Flax classes, whose files begin so, differ in nothing that is written here.
         given["_class_name"] = given["_class_name"].removeprefix("Flax")
-    kind = check_class(path, given, {**SCHEDULERS, **WITHOUT_SAMPLER})
+    kind = check_class(path, given, WITHOUT_SAMPLER if given.get("_class_name") in WITHOUT_SAMPLER else SCHEDULERS)
     if kind == "PNDMScheduler" and not given.get("skip_prk_steps", False):
         _say_no_runge_kutta(path)
     for name, values in FIXED.items():

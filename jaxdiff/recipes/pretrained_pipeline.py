@@ -10,6 +10,7 @@ for research, and the published one both misses and blocks too much (arXiv 2210.
 """
 
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,11 @@ from jaxdiff.mesh import batch_split, make_mesh, replicated
 from jaxdiff.recipes.pipeline_folder import INDEX, SCHEDULER, describe_pipeline, read_models
 from jaxdiff.recipes.pretrained import FlaxCLIPTextModel
 from jaxdiff.recipes.pretrained_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
+from jaxdiff.recipes.sampling import REVERSE_PROCESSES
 from jaxdiff.recipes.stable_diffusion import (
+    LatentSampler,
     Params,
+    ReverseProcess,
     StableDiffusion,
     check_finite_latents,
     check_finite_pictures,
@@ -45,6 +49,9 @@ from jaxdiff.recipes.stable_diffusion import (
     own_sampler,
 )
 from jaxdiff.settings import SamplerName
+
+MOST_PROGRAMS = 8
+"""Compiled samplers that are kept, one for each number of steps, guidance scale and mesh; the oldest goes first."""
 
 
 class FlaxStableDiffusionPipelineOutput(NamedTuple):
@@ -81,8 +88,8 @@ class FlaxStableDiffusionPipeline:
         self.model, self.attention = choose_attention(model)
         self.dtype = unet.dtype
         self._files = files
-        self._placed: tuple[Any, bool, Mesh, Params] | None = None
-        self._samplers: dict[Any, Any] = {}
+        self._placed: tuple[list[weakref.ref], bool, Mesh, Params] | None = None
+        self._samplers: dict[Any, tuple[ReverseProcess, LatentSampler]] = {}
         self._encode = jax.jit(lambda params, ids: encode_texts(self.model, params, ids))
         self._decode = jax.jit(lambda params, latents: decode_latents(self.model, params, latents))
 
@@ -109,7 +116,8 @@ class FlaxStableDiffusionPipeline:
           revision: branch, tag or commit on the hub.
           dtype: what text encoder and UNet compute in, and the type of their parameters.
           decode_dtype: the same for the autoencoder; None means float32, because many of them overflow in float16.
-          sampler: how to draw, with the settings that the published scheduler has; None means as published.
+          sampler: how to draw, with the settings that the published scheduler has; None means as published. It is not
+            saved by `save_pretrained`, which copies the published file.
           from_pt: pass over msgpack files.
           variant: word before the ending of the networks' files, such as fp16; None means the plain files first.
           safety_checker: for the sake of old scripts, which give None; there is none.
@@ -128,7 +136,10 @@ class FlaxStableDiffusionPipeline:
         name = str(name_or_path)
         dtypes = {"text_encoder": dtype, "unet": dtype, "vae": decode_dtype or jnp.float32}
         models, model = read_models(name, revision, dtypes, **options)
-        model = replace(model, sampler=sampler or model.sampler)
+        if sampler is not None:
+            if sampler not in REVERSE_PROCESSES:
+                raise InputError(f"sampler={sampler!r}: must be one of {', '.join(REVERSE_PROCESSES)}")
+            model = replace(model, sampler=sampler)
         own_sampler(model)  # known before anything large is read
         params = {}
         for part, network in models.items():
@@ -236,28 +247,29 @@ class FlaxStableDiffusionPipeline:
                 raise InputError("latents: not all numbers are finite")
         mesh = make_mesh(max(n for n in range(1, jax.device_count() + 1) if len(ids) % n == 0))
         params = self._place(params, jit, mesh)
+        each = [jax.random.split(jax.random.fold_in(_new_key(key), 1), share[0]) for key in keys]
         images = self._draw(
-            params, ids, jnp.asarray(avoided), noise, keys[0], num_inference_steps, float(scales[0]), mesh
+            params, ids, jnp.asarray(avoided), noise, jnp.concatenate(each), num_inference_steps, float(scales[0]), mesh
         )
         if jit:
             images = images.reshape(len(keys), -1, *images.shape[1:])
         return FlaxStableDiffusionPipelineOutput(images) if return_dict else (images, None)
 
-    def _draw(self, params, ids, avoided, noise, key, num_steps: int, guidance_scale: float, mesh: Mesh) -> np.ndarray:
-        """Return pictures in [0, 1]; the batch is split over the devices of the mesh."""
-        count = len(ids)
-        process = make_process(self.model, None, num_steps)
+    def _draw(self, params, ids, avoided, noise, keys, num_steps: int, guidance_scale: float, mesh: Mesh) -> np.ndarray:
+        """Return pictures in [0, 1], each with a key of its own; they are split over the devices of the mesh."""
         setting = num_steps, guidance_scale, mesh
         if setting not in self._samplers:
-            self._samplers[setting] = make_latent_sampler(self.model, process, guidance_scale, mesh)
+            if len(self._samplers) == MOST_PROGRAMS:
+                del self._samplers[next(iter(self._samplers))]
+            process = make_process(self.model, None, num_steps)
+            self._samplers[setting] = process, make_latent_sampler(self.model, process, guidance_scale, mesh)
+        process, sampler = self._samplers[setting]
         put = batch_split(mesh)
-        if jnp.issubdtype(key.dtype, jnp.integer):  # a key of the old kind
-            key = jax.random.wrap_key_data(key)
-        keys = jax.device_put(jax.random.split(key, count), put)
+        keys = jax.device_put(keys, put)
         x_T = jax.device_put(jnp.transpose(noise, (0, 2, 3, 1)), put)
         context = self._encode(params, jax.device_put(ids, put))
         nothing = self._encode(params, jax.device_put(avoided, replicated(mesh) if len(avoided) == 1 else put))
-        sampled = self._samplers[setting](params["unet"], x_T, keys, context, nothing)
+        sampled = sampler(params["unet"], x_T, keys, context, nothing)
         check_finite_latents(self.model, process, sampled)
         images = np.asarray(self._decode(params, sampled.latents))
         check_finite_pictures(self.model, images)
@@ -274,16 +286,22 @@ class FlaxStableDiffusionPipeline:
         leaves = jax.tree.leaves(params)
         if self._placed is not None:
             before, alike, where, placed = self._placed
-            same = len(before) == len(leaves) and all(a is b for a, b in zip(before, leaves))
+            same = len(before) == len(leaves) and all(a() is b for a, b in zip(before, leaves))
             if same and alike == stacked and where == mesh:
                 return placed
         self._placed = None  # first, so that two sets never lie beside each other
         one = jax.tree.map(lambda leaf: leaf[0], params) if stacked else params
-        self._placed = leaves, stacked, mesh, jax.device_put(one, replicated(mesh))
-        return self._placed[3]
+        placed = jax.device_put(one, replicated(mesh))
+        self._placed = [weakref.ref(leaf) for leaf in leaves], stacked, mesh, placed
+        return placed
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
         """Return pictures in [0, 1], with any leading axes, as Pillow's."""
         images = np.asarray(images)
         return [Image.fromarray(pixels) for pixels in to_uint8(images.reshape(-1, *images.shape[-3:]) * 2 - 1)]
+
+
+def _new_key(key: jax.Array) -> jax.Array:
+    """Return a key of `jax.random.PRNGKey` as one of `jax.random.key`."""
+    return jax.random.wrap_key_data(key) if jnp.issubdtype(key.dtype, jnp.integer) else key

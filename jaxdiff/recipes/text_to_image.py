@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxdiff.diffusion.samplers import starting_noise
 from jaxdiff.errors import InputError
-from jaxdiff.io.images import read_png_texts, to_uint8, write_png
+from jaxdiff.io.images import is_overview, read_png_texts, to_uint8, write_png
 from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.progress import progress_bar
 from jaxdiff.io.tokenizer import CLIPTokenizer
@@ -44,6 +44,7 @@ from jaxdiff.text2image_settings import PictureSettings
 
 ABOUT = "jaxdiff"
 """Keyword of the text in a PNG file that says all that decides its pixels, as JSON."""
+GRID = "grid.png"
 TEXTS_AT_ONCE = 8
 
 
@@ -218,7 +219,7 @@ def draw_missing(drawing: TextToImage, prompts: Sequence[str], jobs: Sequence[Jo
       folder: holds the PNG files.
 
     Raises:
-      InputError: a file of that name is there that is none of ours, see also `TextToImage.draw`.
+      InputError: a picture or a grid of that name is there that is none of ours, see also `TextToImage.draw`.
     """
 
     def texts_of(job: Job) -> dict[str, str]:
@@ -227,6 +228,8 @@ def draw_missing(drawing: TextToImage, prompts: Sequence[str], jobs: Sequence[Jo
     found = {job: texts for job in jobs if (texts := read_png_texts(folder / job.file)) is not None}
     if foreign := [job.file for job, texts in found.items() if ABOUT not in texts]:
         raise InputError(f"{folder / foreign[0]}: was not drawn by jaxdiff; move it away, or choose another --out")
+    if (folder / GRID).is_file() and not is_overview(folder / GRID):
+        raise InputError(f"{folder / GRID}: is no grid that jaxdiff drew; move it away, or choose another --out")
     new = [job for job in jobs if job not in found or found[job][ABOUT] != texts_of(job)[ABOUT]]
     if replaced := [job.file for job in new if job in found]:
         print(f"pictures of earlier runs that are replaced in {folder}: {len(replaced)}, such as {replaced[0]}")

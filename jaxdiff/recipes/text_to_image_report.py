@@ -14,7 +14,7 @@ from jaxdiff.io.images import read_image, write_overview
 from jaxdiff.io.report import Figure, Picture, Report, Section, facts_of, write_report
 from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.mesh import device_name
-from jaxdiff.recipes.text_to_image import Drawn, Job, TextToImage
+from jaxdiff.recipes.text_to_image import GRID, Drawn, Job, TextToImage
 
 CELL = 256
 """Longer side of a picture in the grids, in pixels."""
@@ -49,7 +49,7 @@ def write_outputs(
         np.stack([shrink(read_image(out / job.file, most)) for job in jobs[number * each : number * each + shown]])
         for number in range(min(len(prompts), PROMPTS_ON_A_PAGE))
     ]
-    write_overview(out / "grid.png", make_grid(rows[:GRID_ROWS], prompts))
+    write_overview(out / GRID, make_grid(rows[:GRID_ROWS], prompts))
     figures: Figures = {
         "pictures": len(jobs),
         "new_pictures": drawn.new,
@@ -75,7 +75,7 @@ def write_outputs(
         [make_section(number, prompts[number], row, each) for number, row in enumerate(rows)],
         facts_of(record),
     )  # fmt: skip
-    return [out, out / "grid.png", results, write_report(out / "report.html", report)]
+    return [out, out / GRID, results, write_report(out / "report.html", report)]
 
 
 def make_grid(rows: Sequence[UInt8[np.ndarray, "N H W 3"]], prompts: Sequence[str]) -> UInt8[np.ndarray, "h w 3"]:
