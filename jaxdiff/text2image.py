@@ -87,7 +87,7 @@ def run(config: Config) -> list[Path]:
     with explain_want_of_memory(estimate, "lower --batch-size, --height or --width, or use --dtype bfloat16"):
         drawing = leader_first(lambda: prepare(config.model, config.pictures, mesh))
         if config.task is not None:
-            check_words(config.task, drawing.tokenizer)
+            check_words(config.task, drawing.tokenizer, drawing.learned)
         drawing.tokenize([*prompts, config.pictures.negative])  # refuses what is too long before anything is written
         out = make_folder(config.out)
         drawn = draw_missing(drawing, prompts, jobs, out)

@@ -115,7 +115,7 @@ def run(config: Config) -> list[Path]:
         parts = prepare_inversion(concepts, config.model, training, mesh)
         out = config.out.expanduser().resolve()
         on_leader(lambda: open_run(out, as_json(config), free, start_over=config.resume == "never"))
-        what = "the pictures of --concept, the texts, the weights of the model or the machine's --dtype"
+        what = "the pictures of --concept, the texts, the weights of the models or the machine's --dtype"
         on_leader(lambda: check_same_data(out, parts.data.about, what))
         outcome = train(parts, training, out)
         return write_outputs(out, parts, outcome, training, as_json(config), started) if is_leader() else []

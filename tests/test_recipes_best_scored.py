@@ -97,9 +97,26 @@ def test_scores_may_be_others_when_a_killed_run_goes_on(tmp_path):
 
 def test_what_no_checkpoint_goes_back_to_is_deleted(tmp_path):
     best = Run(tmp_path).go()
-    # Checkpoints 3 and 6 are left; at the first of them step 2 was the best, and step 1 no longer.
-    assert kept_steps(tmp_path) == [2, 4, 6]
+    # Checkpoints 3 and 6 are left, until which steps 2 and 6 were the best.
+    assert kept_steps(tmp_path) == [2, 6]
     assert list(best.scores.values()) == list(SCORES)
+
+
+def test_what_is_not_of_the_run_stays_and_what_was_half_written_goes(tmp_path):
+    folder = tmp_path / "best_scored"
+    folder.mkdir()
+    (folder / "mine.safetensors").write_bytes(b"mine")
+    (folder / "step_0000009.safetensors").write_bytes(b"of a run without --patience")
+    (folder / "step_0000009.safetensors.partial").write_bytes(b"half")
+    log, checkpoints = MetricsLog(tmp_path, 0), Checkpoints(tmp_path / "checkpoints")
+    try:
+        for keeping, left in ((False, 3), (True, 1)):
+            BestScored(tmp_path, log, checkpoints, keeping)
+            assert len(list(folder.iterdir())) == left
+    finally:
+        checkpoints.close()
+        log.close()
+    assert (folder / "mine.safetensors").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_the_score_is_that_of_the_grader_for_each_word(world, tmp_path, monkeypa
     prompts = ["a photo of <one>", "<one> next to <two>", "a photo of <two>"]
     originals = [np.stack(pictures[6:9]), np.stack(pictures[9:])]
     learned = {word: np.ones((1, 8), np.float32) for word in ("<one>", "<two>", "<two>s")}
-    score = make_image_score(str(folder / "clip"), ["<one>", "<two>"], originals, prompts, learned, make_mesh(1))
+    score = make_image_score(str(folder / "clip"), ["<one>", "<two>"], originals, prompts, learned, make_mesh(1)).of
     found = embed(folder, twin, files)
     cosines = 100 * found @ found.T
     # Pictures 0 to 3 are drawn with <one>, 2 to 5 with <two>.

@@ -391,6 +391,17 @@ def test_objects_and_styles_have_texts_of_their_own(tmp_path):
         texts_of(concepts[:1], own)
 
 
+def test_a_file_of_texts_may_be_called_as_a_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    concepts = [parse_concept("<a>:x:dog"), parse_concept("<b>:x:painting:style")]
+    for name in ("style", "style:x", "x"):
+        (tmp_path / name).write_text(f"{name} {{}}\n")
+    for name in ("style", "style:x"):  # what is there counts as it stands
+        assert texts_of(concepts, [name]) == [[f"{name} <a>"], [f"{name} <b>"]]
+    (tmp_path / "style:x").unlink()
+    assert texts_of(concepts, ["style:x"])[1] == ["x <b>"]
+
+
 def test_folders_without_pictures_are_refused(tmp_path):
     concept = parse_concept(f"<new>:{tmp_path}:dog")
     with pytest.raises(InputError, match="holds no picture to learn from"):

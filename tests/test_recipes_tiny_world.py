@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -132,6 +133,9 @@ def test_without_a_concept_a_digit_is_learned_that_it_cannot_name(barely_trained
     assert "going on from step 2 of 2" in learn()
 
 
+SCRIPT = Path(__file__).parent.parent / "scripts" / "tiny_world.py"
+
+
 def script_flags() -> dict[str, float]:
     """Return the flags by which scripts/tiny_world.py learns and draws as the command does that is told nothing."""
     own = textual_inversion.Config().training
@@ -150,15 +154,15 @@ def test_the_readme_names_the_settings_of_the_command():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (shown,) = re.findall(r"scripts/tiny_world\.py (--[^`]+)`", readme)
     given = dict(zip(shown.split()[::2], map(float, shown.split()[1::2])))
-    defaults = {"--vectors": 1, "--seed": 0}  # the script's
+    config = runpy.run_path(str(SCRIPT))["Config"]()
+    defaults = {f"--{name}": getattr(config, name.replace("-", "_")) for name in script_flags()}
     assert defaults | given == {f"--{name}": value for name, value in script_flags().items()}
 
 
 @pytest.mark.slow
 def test_it_draws_what_it_has_names_for_and_learns_what_it_has_none_for(tmp_path):
-    script = Path(__file__).parent.parent / "scripts" / "tiny_world.py"
     flags = [f"--{name}={value}" for name, value in script_flags().items()]
-    subprocess.run([sys.executable, script, *flags, f"--out={tmp_path}"], check=True)
+    subprocess.run([sys.executable, SCRIPT, *flags, f"--out={tmp_path}"], check=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["known"] >= 0.8
     assert results["initialiser"] < 0.15

@@ -256,13 +256,13 @@ def texts_of(concepts: Sequence[Concept], templates: Sequence[str] = ()) -> list
     Raises:
       InputError: as `read_templates`, or templates of a kind that no concept is of.
     """
-    given = read_templates(templates)
+    kinds: set[Kind] = {concept.kind for concept in concepts}
     for text in templates:
-        kind = text.partition(":")[0]
-        if kind in TEMPLATES and kind not in {concept.kind for concept in concepts}:
-            article = "a" if kind == "style" else "an"
-            raise InputError(f"--templates {text}: no --concept is {article} {kind}: drop it")
-    by_kind = {**TEMPLATES, **given}
+        of = _parse_templates(text)[0]
+        if not kinds & set(of):
+            article = "a" if of == ["style"] else "an"
+            raise InputError(f"--templates {text}: no --concept is {article} {of[0]}: drop it")
+    by_kind = {**TEMPLATES, **read_templates(templates)}
     return [[text.replace("{}", concept.word) for text in by_kind[concept.kind]] for concept in concepts]
 
 
@@ -274,15 +274,23 @@ def read_templates(given: Sequence[str]) -> dict[Kind, tuple[str, ...]]:
     """
     found: dict[Kind, tuple[str, ...]] = {}
     for text in given:
-        named, _, file = text.partition(":")
-        kinds: list[Kind] = [kind for kind in TEMPLATES if kind == named]
-        if set(kinds or TEMPLATES) & found.keys():
+        kinds, file = _parse_templates(text)
+        if set(kinds) & found.keys():
             raise InputError(
                 f"--templates {text}: its words have templates already: give one FILE for all, or object:FILE and "
                 "style:FILE"
             )
-        lines = read_prompts(Path(file if kinds else text), "--templates")
+        lines = read_prompts(file, "--templates")
         if without := [line for line in lines if "{}" not in line]:
             raise InputError(f"--templates {text}: the line {without[0]!r} has no {{}} for the word")
-        found |= dict.fromkeys(kinds or TEMPLATES, tuple(lines))
+        found |= dict.fromkeys(kinds, tuple(lines))
     return found
+
+
+def _parse_templates(text: str) -> tuple[list[Kind], Path]:
+    """Return of which kinds FILE or KIND:FILE is, and the file; what is there as it stands is a file."""
+    named, _, file = text.partition(":")
+    kinds: list[Kind] = [kind for kind in TEMPLATES if kind == named]
+    if not kinds or not file or Path(text).expanduser().is_file():
+        return list(TEMPLATES), Path(text)
+    return kinds, Path(file)

@@ -128,6 +128,7 @@ def parse_references(given: Sequence[str]) -> tuple[tuple[Path, ...], dict[str, 
             if len(given) > 1:
                 raise InputError(f"--references {text}: of several folders each needs its own word, WORD:FOLDER")
             return list_pictures(Path(text), "--references"), {}
+        word = word.strip()
         if word in concepts:
             raise InputError(f"--references {text}: the word {word!r} has references already; give each word once")
         concepts[word] = list_pictures(Path(folder), f"--references {word}:")

@@ -9,7 +9,8 @@
 
 Papers disagree on the scale of (4) and on whether the text still holds the learned word, so both are given. In (6) the
 means of k_xx and k_yy leave out pairs of a picture with itself, as the paper's estimator does; its published code keeps
-them.
+them. Where each of several concepts has references of its own, (1) and the first of (4) are the means of those by each,
+so that every concept counts alike, and (6) is taken by each alone.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jaxdiff.errors import InputError
 from jaxdiff.io.course_task import COUNTED, read_task
+from jaxdiff.io.learned_embeddings import Learned
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.recipes.learned_words import words_said
 from jaxdiff.recipes.text_to_image import Job
@@ -28,10 +29,16 @@ def list_delivery(path: Path, num_images: int) -> tuple[list[str], list[Job]]:
     return prompts, jobs
 
 
-def check_words(path: Path, tokenizer: CLIPTokenizer) -> None:
-    """Raise InputError unless every word of a task was added to the tokenizer; print which prompts lack theirs."""
+def check_words(path: Path, tokenizer: CLIPTokenizer, learned: Learned) -> None:
+    """Raise InputError unless every word of a task was added to the tokenizer; print which prompts lack theirs.
+
+    Args:
+      path: of the task.
+      tokenizer: of the model.
+      learned: all words of files, by which it is found what a prompt says.
+    """
     concepts = read_task(path, graded=False)
-    tokens = {concept.token: (None,) for concept in concepts}
+    words = {concept.token: (None,) for concept in concepts} | learned
     for concept in concepts:
         if not tokenizer.was_given(concept.token):
             raise InputError(
@@ -39,7 +46,7 @@ def check_words(path: Path, tokenizer: CLIPTokenizer) -> None:
                 "file of --embeddings holds"
             )
         for row, prompt in enumerate(concept.prompts):
-            if concept.token not in words_said(prompt, tokens):
+            if concept.token not in words_said(prompt, words):
                 print(f"--task {path}: prompt {row} of {concept.key!r} does not say {concept.token}: {prompt!r}")
 
 

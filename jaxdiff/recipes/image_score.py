@@ -6,7 +6,7 @@ It is the image score of the course's grader. It rises early and stays (arXiv 23
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from jaxdiff.errors import InputError
 from jaxdiff.io.hub import open_model
 from jaxdiff.io.pretrained_files import read_config
+from jaxdiff.io.provenance import tree_hash
 from jaxdiff.mesh import round_up
 from jaxdiff.recipes.clip_features import Encoder, compile_encoder, encoding_program, load_encoder
 from jaxdiff.recipes.contrastive import tiny_digits_config
@@ -28,6 +29,32 @@ Pictures = Sequence[UInt8[np.ndarray, "_ _ 3"]]
 AT_ONCE = 8
 
 
+class ImageScore(NamedTuple):
+    """Equation (1).
+
+    Attributes:
+      of: function of pictures, as many of each prompt, prompt by prompt; raises InputError if the score is not finite.
+      sha256: of the parameters of the CLIP.
+    """
+
+    of: Callable[[Pictures], float]
+    sha256: str
+
+
+def prompts_by_word(words: Sequence[str], prompts: Sequence[str], learned: Mapping[str, Any]) -> list[list[int]]:
+    """Return for each word the numbers of the prompts that say it; `learned` as in `make_image_score`.
+
+    Raises:
+      InputError: none says one of the words.
+    """
+    said = [words_said(prompt, learned) for prompt in prompts]
+    found = [[number for number, in_prompt in enumerate(said) if word in in_prompt] for word in words]
+    for word, numbers in zip(words, found):
+        if not numbers:
+            raise InputError(f"--score-model: none of --sample-prompts has the word {word}, which is to be scored")
+    return found
+
+
 def make_image_score(
     model: str,
     words: Sequence[str],
@@ -35,8 +62,8 @@ def make_image_score(
     prompts: Sequence[str],
     learned: Mapping[str, Any],
     mesh: Mesh,
-) -> Callable[[Pictures], float]:
-    """Return equation (1) as a function of pictures, as many of each prompt, prompt by prompt.
+) -> ImageScore:
+    """Return the score of pictures of these prompts by a CLIP.
 
     Args:
       model: folder or Hugging Face name of a CLIP, from `place_of`.
@@ -49,11 +76,7 @@ def make_image_score(
     Raises:
       InputError: the model cannot be read, or no prompt has one of the words.
     """
-    said = [words_said(prompt, learned) for prompt in prompts]
-    of_word = [[number for number, found in enumerate(said) if word in found] for word in words]
-    for word, found in zip(words, of_word):
-        if not found:
-            raise InputError(f"--score-model: none of --sample-prompts has the word {word}, which is to be scored")
+    of_word = prompts_by_word(words, prompts, learned)
     try:
         encoder = load_encoder(model, None, jnp.float32, mesh)
     except InputError as error:
@@ -65,9 +88,11 @@ def make_image_score(
     def score(pictures: Pictures) -> float:
         drawn = embed(encoder, encode, pictures).reshape(len(prompts), -1, wanted[0].shape[1])
         each = [100 * np.mean(np.concatenate(drawn[numbers]) @ found.T) for numbers, found in zip(of_word, wanted)]
+        if not np.isfinite(each).all():
+            raise InputError(f"--score-model {model}: gives numbers that are not finite: try another")
         return float(np.mean(each))
 
-    return score
+    return ImageScore(score, tree_hash(encoder.model.params))
 
 
 def embed(encoder: Encoder, encode: Callable[..., Any], pictures: Pictures) -> Float[np.ndarray, "_ F"]:
@@ -87,8 +112,10 @@ def scoring_program(name: str, mesh: Mesh) -> tuple[Any, int, jax.stages.Lowered
       InputError: it cannot be.
     """
     try:
-        config = tiny_digits_config() if name == TINY_DIGITS else None
-        config = config or FlaxCLIPModel.read_config(read_config(name, open_model(name)))
+        if name == TINY_DIGITS:
+            config = tiny_digits_config()
+        else:
+            config = FlaxCLIPModel.read_config(read_config(name, open_model(name)))
     except InputError as error:
         raise InputError(f"--score-model {error}") from error
     model = FlaxCLIPModel(config, _do_init=False)

@@ -21,7 +21,7 @@ from jaxdiff.mesh import own_mesh, replicated
 from jaxdiff.processes import count, index, is_leader, leader_first
 from jaxdiff.recipes.custom_diffusion import Trained, base_hash, split_trained, zero_deltas
 from jaxdiff.recipes.directional import directional, with_norm
-from jaxdiff.recipes.image_score import Pictures, make_image_score
+from jaxdiff.recipes.image_score import Pictures, make_image_score, prompts_by_word
 from jaxdiff.recipes.inversion_batches import make_batches
 from jaxdiff.recipes.inversion_data import InversionData, read_data
 from jaxdiff.recipes.learned_words import TABLE, first_rows, get_leaf
@@ -134,8 +134,12 @@ def prepare_inversion(
     """
     texts = [text for speaks in texts_of(concepts, training.templates) for text in speaks]
     texts += [*training.sample_prompts, *(concept.initializer for concept in concepts), *training.prior]
-    check_said(model, texts, {concept.word: np.zeros((training.vectors_per_token, 1)) for concept in concepts})
-    known = sum(map(len, read_all_learned(model).values()))
+    learning = {concept.word: np.zeros((training.vectors_per_token, 1)) for concept in concepts}
+    check_said(model, texts, learning)
+    given = read_all_learned(model)
+    if training.score_model is not None and training.sample_prompts:
+        prompts_by_word(list(learning), training.sample_prompts, given | learning)
+    known = sum(map(len, given.values()))
     frozen: list[Params] = []
     first: list[Learned] = []
     base: list[str] = []
@@ -187,7 +191,10 @@ def prepare_inversion(
     score = make_image_score(
         place, parts.words, data.originals, prompts_of(parts, training), drawing.learned, drawing.mesh
     )
-    return replace(parts, score=score)
+    if training.patience is not None:
+        # Else a run could go on with the scores of another CLIP.
+        data = data._replace(about={**data.about, "score_model": score.sha256})
+    return replace(parts, score=score.of, data=data)
 
 
 def first_deltas(params: Params, words: Sequence[str], training: InversionSettings) -> dict[str, np.ndarray]:

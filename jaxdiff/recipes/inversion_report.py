@@ -17,7 +17,8 @@ from jaxdiff.io.runs import Figures, read_json, write_results
 from jaxdiff.mesh import device_name, own_copy
 from jaxdiff.recipes.custom_diffusion import DIFFUSERS_FILE, split_trained, write_for_diffusers
 from jaxdiff.recipes.inversion_parts import InversionParts, prompts_of
-from jaxdiff.recipes.inversion_training import Outcome, draw_pictures, make_grid
+from jaxdiff.recipes.inversion_pictures import draw_pictures, make_grid
+from jaxdiff.recipes.inversion_training import Outcome
 from jaxdiff.recipes.learned_words import TABLE, get_leaf
 from jaxdiff.recipes.text_to_image_report import shrink, strip
 from jaxdiff.textual_inversion_settings import InversionSettings
@@ -46,9 +47,10 @@ def write_outputs(
     figures = figures_of(parts, rows, deltas, lines)
     figures["saved.step"] = outcome.step
     if parts.score is not None:
-        figures["saved.image_score"] = parts.score(pictures)
-        if not any(line["step"] == outcome.step and "image_score" in line for line in lines):
-            lines.append({"step": outcome.step, "image_score": figures["saved.image_score"]})
+        score = parts.score(pictures) if outcome.score is None else outcome.score
+        figures["saved.image_score"] = score
+        if outcome.score is None:
+            lines.append({"step": outcome.step, "image_score": score})
     figures["seconds"] = time.perf_counter() - started
     hashes = {
         "params": tree_hash(own_copy(parts.frozen)),
