@@ -15,6 +15,7 @@ from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.concept_pictures import Concept, texts_of
 from jaxdiff.io.digit_captions import CONTEXT
 from jaxdiff.io.learned_embeddings import Learned
+from jaxdiff.io.provenance import tree_hash
 from jaxdiff.io.tokenizer import CLIPTokenizer
 from jaxdiff.io.world_captions import UNKNOWN, world_vocabulary
 from jaxdiff.mesh import own_mesh, replicated
@@ -193,7 +194,8 @@ def prepare_inversion(
     )
     if training.patience is not None:
         # Else a run could go on with the scores of another CLIP.
-        data = data._replace(about={**data.about, "score_model": score.sha256})
+        both = {"data": np.array(data.about["sha256"]), "score_model": np.array(score.sha256)}
+        data = data._replace(about={**data.about, "sha256": tree_hash(both)})
     return replace(parts, score=score.of, data=data)
 
 
