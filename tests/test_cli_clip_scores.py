@@ -227,7 +227,8 @@ def test_prompts_of_the_course_with_several_concepts_are_held_to_each(world, tmp
     stripped = embed(folder, twin, texts=["and"])[0]
     np.testing.assert_allclose(results["a.1.clip_t_stripped"], float((drawn @ stripped).mean()), atol=1e-5)
     # The grade is by the prompt's own concept.
-    assert results["a.1.image_score"] == results["a.1.image_score.<new1>"]
+    assert results["a.1.image_score"] == results["a.1.image_score.<new1>"] != results["a.1.image_score.<new2>"]
+    np.testing.assert_allclose(results["a.1.best.image_score"], results["a.1.image_score.<new1>"], rtol=1e-6)
     assert "a.0.image_score.<new1>" not in results
     # Words are looked for where they are asked for: "digits" is another one.
     looked_for = {name.split(".present.")[0] for name in results if ".present.digit" in name and "_" not in name}
