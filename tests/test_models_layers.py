@@ -43,8 +43,8 @@ def test_convolution_as_in_flax(kernel_size, strides, padding):
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
-@pytest.mark.parametrize(("batch", "height", "width"), [(1, 16, 16), (4, 17, 16), (6, 32, 40)])
-def test_large_convolution_as_in_flax(kernel_size, batch, height, width):
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 4, 4), (2, 5, 3), (1, 16, 16), (4, 17, 16), (6, 32, 40)])
+def test_convolution_of_few_and_of_many_pixels_as_in_flax(kernel_size, batch, height, width):
     x = jax.random.normal(jax.random.key(3), (batch, height, width, 6))
     theirs = nn.Conv(33, (kernel_size,) * 2)
     params = theirs.init(jax.random.key(1), x)["params"]

@@ -4,9 +4,12 @@
     (2)  d kernel[i, j] = sum_hw  x[h, w]^T dy[h + p - i, w + p - j]         (of 1, h and w counted from x)
 
 XLA computes (2) as a convolution whose output is the few pixels of the kernel, which its CPU code does slowly. On a CPU
-(2) is therefore one matrix product with the shifted copies of dy side by side, which pays on large feature maps. GPUs
-keep XLA's own gradient.
+(2) is therefore one matrix product with the shifted copies of dy side by side, which pays on large feature maps; and
+where there are fewer pixels than features, as at the bottom of large UNets, (1) is one with those of x, because XLA's
+convolution takes long to lay out a kernel that is larger than all else. GPUs keep XLA's own convolutions.
 """
+
+import math
 
 import flax.linen as nn
 import jax
@@ -64,6 +67,8 @@ def convolve(x: Images, kernel: Kernel, strides: int = 1, padding: int = 0) -> F
         # The same numbers as a matrix product, whose gradients XLA computes faster on a CPU.
         return x @ kernel[0, 0]
     keeps_size = strides == 1 and 2 * padding == size - 1
+    if keeps_size and math.prod(x.shape[:3]) <= kernel.shape[3] and jax.default_backend() == "cpu":
+        return _convolve_few_pixels(x, kernel)
     if keeps_size and x.shape[1] * x.shape[2] >= SHIFTED_PIXELS and jax.default_backend() == "cpu":
         return _convolve_shifting(x, kernel)
     return _convolve(x, kernel, strides, padding)
@@ -77,6 +82,16 @@ def _convolve(x: Images, kernel: Kernel, strides: int, padding: int) -> Float[Ar
         ((padding, padding), (padding, padding)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+def _convolve_few_pixels(x: Images, kernel: Kernel) -> Float[Array, "B H W D"]:
+    size, height, width = kernel.shape[0], *x.shape[1:3]
+    padding = size // 2
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    beside = jnp.concatenate(
+        [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)], axis=-1
+    )
+    return beside @ kernel.reshape(-1, kernel.shape[3])
 
 
 @jax.custom_vjp
