@@ -540,7 +540,7 @@ def test_a_stopped_run_goes_on_and_ends_bit_for_bit(folders, tmp_path, monkeypat
     other = learn(*same, "--learning-rate=0.1", f"--out={tmp_path / 'parts'}")
     assert other.code == 2
     assert "learning_rate was 0.005, is 0.1" in other.sentence
-    others = "the weights of the model or the machine's --dtype are not those that this run began with"
+    others = "the weights of the models or the machine's --dtype are not those that this run began with"
     more = folders / "thing" / "more.png"
     Image.new("RGB", (30, 30), "red").save(more)
     other = learn(*same, f"--out={tmp_path / 'parts'}")
