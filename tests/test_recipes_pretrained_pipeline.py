@@ -122,7 +122,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "trailing" in name else ()) for name in OTHERS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("euler", "heun", "heun, trailing") else ())
+        for name in OTHERS
+    ],
 )
 def test_another_sampler_is_that_of_from_config(folder, loaded, encoded, tmp_path, name):
     kind, options, spacing = OTHERS[name]
