@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import Settings, Task, bfloat16_peak, measure, seconds_of
+from measuring import Settings, Task, bfloat16_peak, in_both_formats, measure, seconds_of
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,13 @@ def compare_sampling(config: Faces) -> dict[str, Any]:
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
     scheduler.set_timesteps(config.num_steps)
 
+    twins = in_both_formats(twin)
+
     def theirs(memory_format):
-        twin.to(memory_format=memory_format)
         x_t = torch.from_numpy(x_T.transpose(0, 3, 1, 2).copy()).to(memory_format=memory_format)
         with torch.inference_mode():
             for t in scheduler.timesteps:
-                x_t = scheduler.step(twin(x_t, t).sample, t, x_t).prev_sample
+                x_t = scheduler.step(twins[memory_format](x_t, t).sample, t, x_t).prev_sample
         return x_t
 
     print(f"DDIM, {config.num_steps} steps, 32x32, batch {config.batch_size}, 35.7 M parameters, float32")
@@ -135,10 +136,12 @@ def compare_evaluation(config: Faces) -> dict[str, Any]:
     x_t = np.random.default_rng(config.seed).standard_normal((1, 256, 256, 3)).astype(np.float32)
     apply = jax.jit(lambda params, x_t: network.apply({"params": params}, x_t, jnp.full((1,), 500)))
 
+    twins = in_both_formats(twin)
+
     def theirs(memory_format):
-        twin.to(memory_format=memory_format)
+        image = torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()).to(memory_format=memory_format)
         with torch.inference_mode():
-            return twin(torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()).to(memory_format=memory_format), 500).sample
+            return twins[memory_format](image, 500).sample
 
     print("\none evaluation, 256x256, batch 1, 113.7 M parameters, float32")
     difference = np.abs(np.asarray(apply(params, x_t)) - theirs(torch.contiguous_format).numpy().transpose(0, 2, 3, 1))

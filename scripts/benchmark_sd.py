@@ -4,7 +4,6 @@ Both sides read the same files, written once with random weights, and their outp
 compute in float32; where JAX has an accelerator, benchmark_sd_accelerator.py takes over.
 """
 
-import copy
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_sd_accelerator import on_accelerator
-from measuring import Settings, Task, measure
+from measuring import Settings, Task, in_both_formats, measure
 
 TINY = {
     "block_out_channels": (64, 128),
@@ -134,11 +133,7 @@ def compare_evaluation(config: Diffusion, folder: Path) -> dict[str, Any]:
     def ours():
         return apply(params, x_t, context).block_until_ready()
 
-    # One for each format, because to change it takes as long as some evaluations.
-    twins = {
-        torch.contiguous_format: twin,
-        torch.channels_last: copy.deepcopy(twin).to(memory_format=torch.channels_last),
-    }
+    twins = in_both_formats(twin)
 
     def theirs(memory_format):
         latents = torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()).to(memory_format=memory_format)

@@ -42,6 +42,16 @@ def measure(tasks: list[Task], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
+def in_both_formats(network: Any) -> dict[Any, Any]:
+    """Return PyTorch's network by memory format, one for each: to change it would take a part of what is timed."""
+    import copy
+
+    import torch
+
+    last = torch.channels_last
+    return {torch.contiguous_format: network, last: copy.deepcopy(network).to(memory_format=last)}
+
+
 def matmul_peak(repeats: int) -> dict[str, float]:
     """Return the float32 GFLOP/s of square matrix products, the best of three sizes, in PyTorch and in JAX."""
     import jax
