@@ -21,8 +21,10 @@ KINDS: tuple[tuple[str, Kind | None, str], ...] = (
     (
         "a LoRA",
         None,
-        r"(lora|oft|lycoris)_(unet|te\d?|transformer|prior|text_model)_.*|(.*\.)?lora_(A|B|down|up|linear_layer|magnitude_vector)(\..*)?"
-        r"|.*\.lora\.(up|down)\..*|.*processor\.to_(q|k|v|out)_lora\..*|.*\.(hada_w\d(_[ab])?|lokr_w\d(_[ab])?|dora_scale)",
+        r"(lora|oft|lycoris)_(unet|te\d?|transformer|prior|text_model)_.*"
+        r"|(.*\.)?lora_(A|B|down|up|linear_layer|magnitude_vector)(\..*)?"
+        r"|.*\.lora\.(up|down)\..*|.*processor\.to_(q|k|v|out)_lora\..*"
+        r"|.*\.(hada_w\d(_[ab])?|lokr_w\d(_[ab])?|dora_scale)",
     ),
     ("learned words of Stable Diffusion XL or 3", None, r"clip_g|t5xxl"),
     ("Stable Diffusion XL or its kin", None, r"conditioner\.embedders\..*|(.*\.)?add_embedding\.linear_1\..*"),

@@ -53,7 +53,7 @@ def attend(
     """Return equation (1) for every head; scores and softmax are float32 whatever the inputs."""
     batch, length, heads, _ = query.shape
     if kernel == "cudnn" and key.shape[1] % 2:
-        # Of an odd number of keys, such as the 77 tokens of a text, jax's cuDNN attention has no gradient.
+        # An odd number of keys, such as the 77 tokens of a text: cuDNN's gradient of that has not been tried on a GPU.
         kernel = "xla"
     row_bytes = 4 * key.shape[1]
     small = batch * heads * length * row_bytes <= SLICE_BYTES
